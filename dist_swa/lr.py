@@ -1,0 +1,54 @@
+"""The learning-rate phase of SWA: from where each param group stands at `swa_start` to `swa_lr`, and held there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ANNEAL_STRATEGIES = {"linear": "linear", "lin": "linear", "cosine": "cosine", "cos": "cosine"}
+
+
+def check_phase(swa_lr: float | None, anneal_strategy: str, anneal_steps: int) -> None:
+    """Raise ValueError unless these describe a learning-rate phase."""
+    if swa_lr is not None and not (math.isfinite(swa_lr) and swa_lr >= 0):
+        raise ValueError(f"swa_lr needs a finite number >= 0, got swa_lr={swa_lr}; None holds the rate of swa_start")
+    if anneal_strategy not in ANNEAL_STRATEGIES:
+        raise ValueError(
+            f"anneal_strategy needs one of {', '.join(ANNEAL_STRATEGIES)}, got anneal_strategy={anneal_strategy!r}"
+            "; choose one"
+        )
+    if not (isinstance(anneal_steps, int) and anneal_steps >= 1):
+        raise ValueError(f"anneal_steps needs a whole number >= 1, got anneal_steps={anneal_steps}; 10 is the default")
+
+
+def phase_lr(lr: float, swa_lr: float | None, anneal_strategy: str, fraction: float) -> float:
+    """Return the rate of a group that had `lr` at `swa_start`, after this fraction of the annealing (past 1: done)."""
+    if swa_lr is None:
+        return lr
+    if fraction >= 1:
+        return swa_lr
+    if ANNEAL_STRATEGIES[anneal_strategy] == "cosine":
+        fraction = (1 - math.cos(math.pi * fraction)) / 2
+    return lr + (swa_lr - lr) * fraction
+
+
+def get_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate of every param group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_lrs(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
+    """Set the learning rate of every param group; one that is a tensor (capturable, compiled) is written in place."""
+    if len(lrs) != len(optimizer.param_groups):
+        raise RuntimeError(
+            f"the learning-rate phase needs the {len(lrs)} param groups of swa_start, got"
+            f" num_groups={len(optimizer.param_groups)}; add groups before swa_start"
+        )
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -1,0 +1,209 @@
+"""When is the average updated? Time strings, the progress of a run, and the schedule between them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from operator import index
+from typing import NamedTuple
+
+# The unit of a time string -> what `Progress` counts; "dur" is a fraction of max_duration.
+UNITS = {"ep": "epochs", "ba": "batches", "sp": "samples", "tok": "tokens"}
+
+
+@dataclass(frozen=True)
+class Time:
+    """An exact amount of training: ``Time.parse("0.7dur", "swa_start")``."""
+
+    value: Fraction
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Time:
+        """Read a time string of the argument `name`; raises TypeError or ValueError where it is none."""
+        if not isinstance(text, str):
+            raise TypeError(f"{name} needs a time string, got {name}={text!r}; write '3ep', '500ba' or '0.7dur'")
+        match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)(ep|ba|sp|tok|dur)", text.strip(), re.ASCII)
+        if match is None:
+            raise ValueError(
+                f"{name} needs a number and a unit of {', '.join(UNITS)}, dur, got {name}={text!r}; write '0.7dur'"
+            )
+        time = cls(Fraction(match[1]), match[2])
+        if time.unit == "dur" and time.value > 1:
+            raise ValueError(f"{name} needs a fraction in [0, 1] before 'dur', got {name}={text!r}; write '0.7dur'")
+        return time
+
+    def __str__(self) -> str:
+        return f"{float(self.value):g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done so far, in whole numbers; `epochs` counts the ended ones that were announced."""
+
+    batches: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epochs: int = 0
+
+
+class Decision(NamedTuple):
+    """What is to be done now: update the average? then put it into the model, for good?"""
+
+    update: bool = False
+    complete: bool = False
+    elapsed: dict[str, float] | None = None  # training since the last update, per unit
+
+
+class Schedule:
+    """Decides after every step and epoch whether the average is updated, and whether averaging is complete.
+
+    From the first check at or after `start` on every check counts: the first one updates, then one updates
+    whenever a multiple of `interval` since the first update has been reached or passed. The first such check at
+    or after `end` completes. Checks come after every step; where the interval is in epochs, at epochs' ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: str,
+        end: str | None,
+        interval: str,
+        max_duration: str | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        self.max_duration = None if max_duration is None else Time.parse(max_duration, "max_duration")
+        self.start = Time.parse(start, "swa_start")
+        self.end = None if end is None else Time.parse(end, "swa_end")
+        self.interval = Time.parse(interval, "update_interval")
+        self.steps_per_epoch = steps_per_epoch
+        self._check_arguments()
+        self.now = Progress()
+        self.first_update: Progress | None = None
+        self.last_update: Progress | None = None
+        self.completed = False
+
+    def step(self, *, samples: int | None = None, tokens: int | None = None) -> Decision:
+        """Count one optimizer step and check. `samples`, `tokens`: of this step, summed over all ranks."""
+        self.now = replace(
+            self.now,
+            batches=self.now.batches + 1,
+            samples=self.now.samples + self._count("sp", samples),
+            tokens=self.now.tokens + self._count("tok", tokens),
+        )
+        at_check = self.interval.unit != "ep" or (
+            self.steps_per_epoch is not None and self.now.batches % self.steps_per_epoch == 0
+        )
+        return self._check() if at_check else Decision()
+
+    def end_epoch(self) -> Decision:
+        """Count one epoch and, where the interval is in epochs, check."""
+        if self.steps_per_epoch is not None:
+            raise RuntimeError(
+                f"end_epoch needs a schedule that does not count epochs, got steps_per_epoch={self.steps_per_epoch}"
+                "; leave out one of the two"
+            )
+        self.now = replace(self.now, epochs=self.now.epochs + 1)
+        return self._check() if self.interval.unit == "ep" else Decision()
+
+    @property
+    def units(self) -> set[str]:
+        """The units that the schedule reads, "dur" resolved into that of `max_duration`."""
+        units = {time.unit for time in (self.start, self.end, self.interval) if time is not None}
+        if "dur" in units and self.max_duration is not None:
+            units = units - {"dur"} | {self.max_duration.unit}
+        return units
+
+    @property
+    def is_blind_to_epochs(self) -> bool:
+        """Whether the schedule reads epochs in a run that never told where they end."""
+        return "ep" in self.units and self.steps_per_epoch is None and self.now.epochs == 0
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Return the position, as whole numbers; an update that never was is -1."""
+        never = [-1, -1, -1, -1]
+        return {
+            "now": list(asdict(self.now).values()),
+            "first_update": list(asdict(self.first_update).values()) if self.first_update else never,
+            "last_update": list(asdict(self.last_update).values()) if self.last_update else never,
+            "completed": [int(self.completed)],
+        }
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Take the position from `state`; start, end and interval stay the constructor's."""
+        now, first, last = (Progress(*state[key]) for key in ("now", "first_update", "last_update"))
+        self.now = now
+        self.first_update, self.last_update = (None if p.batches < 0 else p for p in (first, last))
+        self.completed = bool(state["completed"][0])
+
+    def _check(self) -> Decision:
+        if self.completed or self._at(self.now, self.start.unit) < self.start.value:
+            return Decision()
+        first, last = self.first_update or self.now, self.last_update or self.now
+        update = self.first_update is None or self._intervals_at(self.now, first) > self._intervals_at(last, first)
+        if update:
+            self.first_update, self.last_update = first, self.now
+        self.completed = self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
+        elapsed = {unit: float(self._at(self.now, unit) - self._at(last, unit)) for unit in UNITS}
+        return Decision(update, self.completed, elapsed)
+
+    def _intervals_at(self, progress: Progress, first: Progress) -> int:
+        """Whole intervals from `first` to `progress`."""
+        unit = self.interval.unit
+        return math.floor((self._at(progress, unit) - self._at(first, unit)) / self.interval.value)
+
+    def _at(self, progress: Progress, unit: str) -> Fraction:
+        """Return `progress` in `unit`."""
+        if unit == "dur" and self.max_duration is not None:
+            return self._at(progress, self.max_duration.unit) / self.max_duration.value
+        if unit == "ep" and self.steps_per_epoch is not None:
+            return Fraction(progress.batches, self.steps_per_epoch)
+        return Fraction(getattr(progress, UNITS[unit]))
+
+    def _count(self, unit: str, value: int | None) -> int:
+        name = UNITS[unit]
+        if value is None and unit in self.units:
+            raise ValueError(
+                f"step needs {name} for a schedule in {unit!r}, got {name}=None; pass their sum over all ranks"
+            )
+        try:
+            count = index(value or 0)
+        except TypeError:
+            raise TypeError(f"step needs whole {name}, got {name}={value!r}; pass their sum over all ranks") from None
+        if count < 0:
+            raise ValueError(f"step needs {name} >= 0, got {name}={count}; pass their sum over all ranks")
+        return count
+
+    def _check_arguments(self) -> None:
+        limit, spe = self.max_duration, self.steps_per_epoch
+        if limit is not None and (limit.unit == "dur" or limit.value == 0):
+            raise ValueError(f"max_duration needs a length above 0 in ep, ba, sp or tok, got max_duration={limit}")
+        if limit is None and "dur" in self.units:
+            raise ValueError(
+                "a schedule in 'dur' needs max_duration, got max_duration=None; pass the length of the run, as '90ep'"
+            )
+        if spe is not None and not (isinstance(spe, int) and spe >= 1):
+            raise ValueError(f"steps_per_epoch needs a whole number >= 1, got steps_per_epoch={spe}; count the batches")
+        if self.interval.value == 0:
+            raise ValueError(f"update_interval needs to be above 0, got update_interval={self.interval}; write '1ba'")
+        if self.interval.unit in ("ba", "ep") and self.interval.value.denominator != 1:
+            raise ValueError(
+                f"update_interval needs whole numbers of ba and ep, got update_interval={self.interval}; round it"
+            )
+        if self.end is not None:
+            (start, start_unit), (end, end_unit) = self._comparable(self.start), self._comparable(self.end)
+            if start_unit == end_unit and start >= end:
+                raise ValueError(
+                    f"swa_start needs to be before swa_end, got swa_start={self.start}, swa_end={self.end}; move one"
+                )
+
+    def _comparable(self, time: Time) -> tuple[Fraction, str]:
+        """Return `time` in the unit that most others can be turned into, too."""
+        value, unit = time.value, time.unit
+        if unit == "dur" and self.max_duration is not None:
+            value, unit = value * self.max_duration.value, self.max_duration.unit
+        if unit == "ep" and self.steps_per_epoch is not None:
+            value, unit = value * self.steps_per_epoch, "ba"
+        return value, unit

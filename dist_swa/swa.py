@@ -1,0 +1,208 @@
+"""SWA: the controller that a training loop talks to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_swa.average import ShardedAverage
+from dist_swa.batch_norm import has_batch_norm, recalibrate_batch_norm
+from dist_swa.lr import check_phase, get_lrs, phase_lr, set_lrs
+from dist_swa.rules import Equal, Rule
+from dist_swa.schedule import Decision, Schedule
+
+FORMAT_VERSION = 1
+
+
+class SWA:
+    """Averages the weights of `model` by a schedule, and puts the average into it at the end.
+
+    Build it on every rank after the model was wrapped; call `step` once after every real optimizer step, on every
+    rank alike, and `finalize` at the end. It is a torch.distributed.checkpoint ``Stateful``: save and load it beside
+    model and optimizer, on any number of ranks.
+
+    Times are strings: "3ep" epochs, "500ba" batches (optimizer steps), "1e6sp" samples, "2e9tok" tokens, "0.7dur"
+    a fraction of `max_duration`; units may be mixed.
+
+    Args:
+        optimizer: needed for the learning-rate phase, and remembered for one after a resume.
+        max_duration: length of the run, where "dur" is used.
+        steps_per_epoch: optimizer steps in an epoch; without it, `end_epoch` counts epochs.
+        swa_start: from the first check at or after it, models are averaged.
+        swa_end: at the first check at or after it, the average goes into the model and training goes on from there;
+            None averages to the end. Prefer None: a few further steps undo most of what averaging gained.
+        update_interval: from one update to the next.
+        schedule_swa_lr: whether the learning rate is set from `swa_start` on: to `swa_lr`, in `anneal_steps` updates
+            along `anneal_strategy` ("linear", "cosine"), or, with ``swa_lr=None``, held where it is.
+        rule, dtype, device, buffers: see `ShardedAverage`, which also says what memory the average takes.
+
+    Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is.
+    The method: arXiv:1803.05407, section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        max_duration: str | None = None,
+        steps_per_epoch: int | None = None,
+        swa_start: str = "0.7dur",
+        swa_end: str | None = "0.97dur",
+        update_interval: str = "1ep",
+        schedule_swa_lr: bool = False,
+        swa_lr: float | None = None,
+        anneal_strategy: str = "linear",
+        anneal_steps: int = 10,
+        rule: Rule = Equal(),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        buffers: str = "copy",
+    ) -> None:
+        self.schedule = Schedule(
+            start=swa_start,
+            end=swa_end,
+            interval=update_interval,
+            max_duration=max_duration,
+            steps_per_epoch=steps_per_epoch,
+        )
+        check_phase(swa_lr, anneal_strategy, anneal_steps)
+        if swa_lr is not None and not schedule_swa_lr:
+            raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
+        if schedule_swa_lr and optimizer is None:
+            raise ValueError("schedule_swa_lr needs an optimizer, got optimizer=None; pass the optimizer")
+        self.average = ShardedAverage(model, rule, dtype=dtype, device=device, buffers=buffers)
+        self._model = model
+        self._optimizer = optimizer
+        self._schedules_lr = schedule_swa_lr
+        self._swa_lr = swa_lr
+        self._anneal = (anneal_strategy, anneal_steps)
+        self._start_lrs = [] if optimizer is None else [float("nan")] * len(optimizer.param_groups)
+
+    @property
+    def started(self) -> bool:
+        """Whether a model was averaged."""
+        return self.schedule.first_update is not None
+
+    @property
+    def completed(self) -> bool:
+        """Whether the average went into the model for good; no more updates."""
+        return self.schedule.completed
+
+    @property
+    def num_averaged(self) -> int:
+        """Models in the average."""
+        return self.average.num_averaged
+
+    def step(self, *, samples: int | None = None, tokens: int | None = None) -> bool:
+        """Count one optimizer step; update, anneal and complete as the schedule says. True if it updated.
+
+        `samples` and `tokens` of this step are sums over all ranks; ValueError where the schedule needs one that is
+        missing. Call it on every rank after every real optimizer step, and after any LR scheduler's step. Local, but
+        for the step that completes under DDP.
+        """
+        self._check_not_swapped_in()
+        return self._follow(self.schedule.step(samples=samples, tokens=tokens))
+
+    def end_epoch(self) -> bool:
+        """Count one epoch, after its last `step`, where `steps_per_epoch` was not given. True if it updated.
+
+        Every rank calls it. Raises RuntimeError where `steps_per_epoch` was given.
+        """
+        self._check_not_swapped_in()
+        return self._follow(self.schedule.end_epoch())
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Let the model carry the average inside the ``with``: `ShardedAverage.swapped_in`."""
+        return self.average.swapped_in()
+
+    def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
+        """Put the average into the model, for good, and recalibrate its BatchNorm statistics over all ranks.
+
+        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them.
+        Every rank calls it: a collective under DDP, and where it recalibrates. With nothing averaged the model stays
+        as it is, with one warning. Raises ValueError for a model with BatchNorm and no `batches`, RuntimeError where
+        the schedule counts epochs in a run that told of none; nothing has changed then.
+        """
+        if self.schedule.is_blind_to_epochs:
+            raise RuntimeError(
+                "a schedule in epochs needs to know where they end, got steps_per_epoch=None and no end_epoch call"
+                "; pass steps_per_epoch, or call end_epoch after each"
+            )
+        if self.num_averaged == 0:
+            warnings.warn(
+                f"no model was averaged in {self.schedule.now.batches} steps, swa_start={self.schedule.start};"
+                " the model keeps its trained weights",
+                stacklevel=2,
+            )
+            return
+        needs_batches = has_batch_norm(self._model)
+        if needs_batches and batches is None:
+            raise ValueError(
+                "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or"
+                " call average.transfer() to keep the statistics of the last update"
+            )
+        self.average.transfer()
+        self.schedule.completed = True
+        if needs_batches and batches is not None:
+            recalibrate_batch_norm(self._model, batches, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average, the position in the schedule and the rates at `swa_start`, all as tensors. Local.
+
+        Raises RuntimeError inside `swapped_in`.
+        """
+        return {
+            "format_version": torch.tensor(FORMAT_VERSION),
+            "average": self.average.state_dict(),
+            "schedule": {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()},
+            **({} if self._optimizer is None else {"start_lrs": torch.tensor(self._start_lrs, dtype=torch.float64)}),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the average and the position in the schedule; start, end, interval and rates stay as constructed.
+
+        Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
+        """
+        version = int(state_dict["format_version"])
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
+            )
+        start_lrs = state_dict["start_lrs"].tolist() if self._optimizer is not None else []
+        if len(start_lrs) != len(self._start_lrs):
+            raise ValueError(
+                f"load_state_dict needs the {len(start_lrs)} param groups of the checkpoint, got"
+                f" num_groups={len(self._start_lrs)}; build the optimizer as it was"
+            )
+        self.average.load_state_dict(state_dict["average"])
+        self.schedule.load_state_dict({key: value.tolist() for key, value in state_dict["schedule"].items()})
+        self._start_lrs = start_lrs
+
+    def _check_not_swapped_in(self) -> None:
+        if self.average.is_swapped_in:
+            raise RuntimeError(
+                "step needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
+            )
+
+    def _follow(self, decision: Decision) -> bool:
+        if decision.update:
+            if self.schedule.first_update == self.schedule.now and self._optimizer is not None:
+                self._start_lrs = get_lrs(self._optimizer)
+            self.average.update(decision.elapsed)
+        if self._schedules_lr and self.started and (decision.complete or not self.completed):
+            self._set_lrs()
+        if decision.complete:
+            self.average.transfer()
+        return decision.update
+
+    def _set_lrs(self) -> None:
+        strategy, steps = self._anneal
+        fraction = self.num_averaged / steps
+        if self._optimizer is not None:
+            set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
