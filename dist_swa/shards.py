@@ -3,12 +3,12 @@
 The one file that tells FSDP2, HSDP, TP and DDP apart, and the only one that touches torch's private members.
 
 [Note: one format]
-An average keeps plain local tensors. What they are part of is a `Layout`: the mesh, the placements on it, and the
-global shape and stride of the whole tensor. A parameter that is a DTensor lends its own layout to its average.
-A parameter that is replicated over a group of ranks (DDP, or a plain module with a `process_group`) has an average
-that is ``Shard(0)`` over these ranks, so that they share the memory and the work. A plain module without a group
-has no layout: its tensors are whole. With its layout, a local tensor becomes a whole-parameter DTensor in a state
-dict, which torch.distributed.checkpoint reshards for any other wrapper and number of ranks.
+An average keeps plain local tensors. How they make up a whole tensor is a `Layout`: a mesh and placements on it. A
+parameter that is a DTensor lends its own layout to its average. A parameter that is replicated over a group of ranks
+(DDP, or a plain module with a `process_group`) has an average that is ``Shard(0)`` over these ranks, so that they
+share the memory and the work. A plain module without a group has no layout: its tensors are whole. With its layout
+and the shape and stride of the whole, a local tensor becomes a DTensor of the whole parameter in a state dict, which
+torch.distributed.checkpoint reshards for any other wrapper and number of ranks.
 
 [Note: stale unsharded weights]
 After a forward without a backward FSDP2's root group stays unsharded: ``named_parameters()`` then gives plain
@@ -45,8 +45,6 @@ class Layout(NamedTuple):
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
-    shape: torch.Size
-    stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class LocalShard:
     owner: dict[str, Any]  # `_parameters` or `_buffers` of the module that holds it, under `key`
     key: str
     tensor: Tensor = field(repr=False)
+    shape: torch.Size  # of the whole, as its stride
+    stride: tuple[int, ...]
     layout: Layout | None = None  # of its average; see [Note: one format]
     rows: slice | None = None  # of a replicated parameter: those that this rank averages
     is_persistent: bool = True
@@ -64,11 +64,6 @@ class LocalShard:
     @property
     def name(self) -> str:
         return self.names[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """The global shape."""
-        return self.layout.shape if self.layout else self.tensor.shape
 
     @property
     def held(self) -> Tensor:
@@ -84,16 +79,14 @@ class LocalShard:
         """Whether `other` has the same names, shape and placements."""
         if other is None or self.names != other.names or self.shape != other.shape:
             return False
-        mine, theirs = (s.layout and (s.layout.mesh, s.layout.placements) for s in (self, other))
-        return mine == theirs
+        return self.layout == other.layout
 
     def whole(self, local: Tensor) -> Tensor:
         """Return the whole tensor of which `local` is this rank's part: a DTensor on its storage, or itself."""
         if self.layout is None:
             return local
-        mesh, placements, shape, stride = self.layout
         # Not DTensor.from_local: it moves a local tensor that is kept on the CPU to the mesh's device.
-        spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
+        spec = DTensorSpec(*self.layout, tensor_meta=TensorMeta(self.shape, self.stride, local.dtype))
         return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     def gathered(self, local: Tensor) -> Tensor:
@@ -105,12 +98,7 @@ class LocalShard:
 
     def part_of(self, whole: Tensor) -> Tensor:
         """Return this rank's part of `whole`, as `whole` of this layout made it; ValueError for another layout."""
-        mine, theirs = self.layout, whole if isinstance(whole, DTensor) else None
-        if (mine is None) != (theirs is None) or (
-            mine is not None
-            and theirs is not None
-            and (mine.mesh, mine.placements) != (theirs.device_mesh, theirs.placements)
-        ):
+        if self.layout != (Layout(whole.device_mesh, whole.placements) if isinstance(whole, DTensor) else None):
             raise ValueError(
                 f"load_state_dict needs tensors laid out as this average's, got {self.name}={type(whole).__name__} of"
                 " another layout; load the checkpoint with torch.distributed.checkpoint.load, which reshards"
@@ -159,8 +147,8 @@ class ModelShards:
             shards = [*self.averaged, *self.frozen]
             names, fingerprints = [shard.name for shard in shards], [_fingerprint(shard) for shard in shards]
             check_replicas(names, fingerprints, self._replica_mesh.get_group(), shards[0].tensor.device)
-        mesh = next((shard.layout.mesh for shard in self.averaged if shard.layout), None)
-        self.is_first_rank = mesh is None or not any(mesh.get_coordinate() or ())
+        meshes = {shard.layout.mesh for shard in self.averaged if shard.layout}
+        self.is_first_rank = not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
         self._pointers = self._current_pointers()
 
     def reshard(self) -> None:
@@ -177,7 +165,7 @@ class ModelShards:
         for name in [*before, *now]:
             if name not in now or not now[name].is_same_as(before.get(name)):
                 raise ValueError(
-                    "ShardedAverage needs the parameters it was built on, got another number, shape or layout of"
+                    "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
                 )
         for shard in self.frozen:
@@ -272,38 +260,42 @@ def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) 
     found: dict[int, tuple[dict[str, Any], str, Tensor, list[str], bool]] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
         for key, tensor in getattr(part, kind).items():
+            if is_lazy(tensor) or (tensor is not None and tensor.is_meta):
+                raise ValueError(
+                    f"ShardedAverage needs tensors with values, got {_clean_name(f'{prefix}.{key}')}="
+                    f"{'lazy' if is_lazy(tensor) else 'meta'}; materialise the model first (a forward, or to_empty)"
+                )
             if tensor is not None:
                 is_persistent = kind != "_buffers" or key not in part._non_persistent_buffers_set
                 entry = found.setdefault(id(tensor), (getattr(part, kind), key, tensor, [], is_persistent))
                 entry[3].append(_clean_name(f"{prefix}.{key}"))
     return [
-        LocalShard(tuple(names), owner, key, tensor, *_layout(names[0], tensor, replica_mesh), is_persistent)
+        LocalShard(
+            *(tuple(names), owner, key, tensor, tensor.shape, tensor.stride()),
+            *_layout(names[0], tensor, replica_mesh),
+            is_persistent,
+        )
         for owner, key, tensor, names, is_persistent in found.values()
     ]
 
 
 def _layout(name: str, tensor: Tensor, replica_mesh: DeviceMesh | None) -> tuple[Layout | None, slice | None]:
     """Return the layout of the average of `tensor` and, where that is replicated, this rank's rows."""
-    if is_lazy(tensor) or tensor.is_meta:
-        raise ValueError(
-            f"ShardedAverage needs parameters with values, got {name}={'lazy' if is_lazy(tensor) else 'meta'}"
-            "; materialise the model first (a forward, or to_empty() and a load)"
-        )
     if isinstance(tensor, DTensor):
         if any(placement.is_partial() for placement in tensor.placements):
             raise ValueError(
                 f"ShardedAverage needs shards or replicas, got {name}={tensor.placements}; redistribute Partial first"
             )
-        return Layout(tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()), None
+        return Layout(tensor.device_mesh, tensor.placements), None
     if replica_mesh is None:
         return None, None
     if tensor.ndim == 0:
-        return Layout(replica_mesh, (Replicate(),), tensor.shape, tensor.stride()), None
+        return Layout(replica_mesh, (Replicate(),)), None
     num_rows = tensor.shape[0]
     chunk = -(-num_rows // replica_mesh.size())  # as torch.chunk and Shard(0) split
     start = min(chunk * replica_mesh.get_local_rank(), num_rows)
     rows = slice(start, min(start + chunk, num_rows))
-    return Layout(replica_mesh, (Shard(0),), tensor.shape, tensor.stride()), rows
+    return Layout(replica_mesh, (Shard(0),)), rows
 
 
 def _plain(tensor: Tensor) -> Tensor:

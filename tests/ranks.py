@@ -42,7 +42,8 @@ _TORCHS_OWN_WARNINGS = (
     "FSDP is switching to use `NO_SHARD`",
     "The `NO_SHARD` sharding strategy is deprecated",
     "When using ``NO_SHARD`` for ``ShardingStrategy``",
-    # FSDP1's ShardedTensors: they ask for the group's device by a deprecated call of torch's own.
+    # FSDP1 without a device mesh saves ShardedTensors, which are deprecated and use what is deprecated.
+    "Please use DTensor instead and we are deprecating ShardedTensor",
     "`_get_pg_default_device` will be deprecated",
     "Multiple backends are registered with this ProcessGroup",
 )

@@ -1,0 +1,126 @@
+"""Models whose shapes hurt, the wrappers that people put around them, and trajectories to average."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+WRAPPERS = ("plain", "group", "ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp")
+
+
+class Net(nn.Module):
+    """Rows of 1, 5 and 6 (uneven and empty shards on 3 and 4 ranks), tied and frozen weights, an int buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.dropout = nn.Dropout(0.2)
+        self.tied = nn.Linear(5, 5, bias=False)
+        self.again = nn.Linear(5, 5, bias=False)
+        self.again.weight = self.tied.weight
+        self.one_row = nn.Parameter(torch.ones(1, 5))
+        self.frozen = nn.Parameter(torch.full((3,), 0.5), requires_grad=False)
+        self.seen = nn.Buffer(torch.tensor(0))
+        self.cache = nn.Buffer(torch.zeros(2), persistent=False)
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden = self.norm(self.down(torch.tanh(self.up(given)))) * self.one_row * self.frozen.sum()
+        if self.training:
+            self.seen.add_(1)
+        out: Tensor = self.again(self.dropout(torch.tanh(self.tied(hidden))))
+        return out
+
+
+def build(seed: int = 0) -> Net:
+    """Return the same model on every rank and in every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net()
+
+
+def wrap(model: nn.Module, wrapper: str) -> nn.Module:
+    """Put `wrapper` around a `Net` on all ranks; a "group" model is plain, and averaged with a process group."""
+    ranks = dist.get_world_size()
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    if wrapper in ("plain", "group"):
+        return model
+    # Two in the inner axis where that divides the ranks: 4 -> (2, 2), 2 -> (1, 2), 3 -> (3, 1).
+    inner = 2 if ranks % 2 == 0 else 1
+    mesh = init_device_mesh("cpu", (ranks // inner, inner), mesh_dim_names=("outer", "inner"))
+    if wrapper == "hsdp":
+        fully_shard(model, mesh=mesh)
+    if wrapper in ("tp", "fsdp2+tp"):
+        tp = mesh["inner"] if wrapper == "fsdp2+tp" else init_device_mesh("cpu", (ranks,))
+        parallelize_module(model, tp, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if wrapper == "fsdp2+tp":
+        fully_shard(model, mesh=mesh["outer"])
+    if wrapper == "fsdp2":
+        if isinstance(model, Net):
+            fully_shard(model.up)
+        fully_shard(model)
+    return model
+
+
+def group_of(wrapper: str) -> dist.ProcessGroup | None:
+    """Return the `process_group` that an average of a model in `wrapper` is given."""
+    return dist.group.WORLD if wrapper == "group" else None
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, first: int = 0) -> None:
+    """Take `num_steps` steps on batches that depend on the step and, but under TP, on the rank."""
+    model.train()
+    rank = 0 if any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in model.parameters()) else dist.get_rank()
+    for step in range(first, first + num_steps):
+        given = torch.randn(8, 4, generator=torch.Generator().manual_seed(1000 * step + rank))
+        optimizer.zero_grad()
+        model(given).square().mean().backward()
+        optimizer.step()
+
+
+def trajectory(num_models: int, model: nn.Module, seed: int = 1) -> list[dict[str, Tensor]]:
+    """Return `num_models` sets of random whole values for the trainable parameters of an unwrapped model."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [
+        {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in parameters.items()}
+        for _ in range(num_models)
+    ]
+
+
+@torch.no_grad()
+def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put whole values into the shards of a wrapped model; no library code, and no collective."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in module.named_parameters():
+        if name in values and isinstance(parameter, DTensor):
+            parameter.to_local().copy_(_shard(values[name], parameter))
+        elif name in values:
+            parameter.copy_(values[name])
+
+
+def _shard(whole: Tensor, like: DTensor) -> Tensor:
+    mesh, axes = like.device_mesh, list(enumerate(like.placements))
+    axes.sort(key=lambda axis: "Strided" in type(axis[1]).__name__)  # FSDP2 splits what TP has left of it
+    for axis, placement in axes:
+        if placement.is_shard() or "Strided" in type(placement).__name__:
+            dim, size = placement.dim, mesh.size(axis)  # type: ignore[attr-defined]
+            parts = [*whole.chunk(size, dim), *[whole.narrow(dim, 0, 0)] * size]
+            whole = parts[mesh.get_local_rank(axis)]
+    return whole
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Iterable[str] = ()) -> bool:
+    """Whether two state dicts hold the same tensors, bit for bit; with `names`, these ones."""
+    keys = list(names) or list(left)
+    return (bool(names) or set(left) == set(right)) and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in keys
+    )

@@ -1,0 +1,252 @@
+"""Looking never changes the run: after a swap, parameters, buffers, random state and further steps are the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from dist_swa import EMA, ShardedAverage, recalibrate_batch_norm
+from models import WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
+from ranks import on_ranks, run_on_ranks
+
+DATA = torch.randn(12, 4, generator=torch.Generator().manual_seed(5))
+
+
+class Stop(Exception):
+    """Raised by a look."""
+
+
+def look_at_nothing(model: nn.Module, average: ShardedAverage) -> None:
+    """Leave all as it is."""
+
+
+def look_twice(model: nn.Module, average: ShardedAverage) -> None:
+    for _ in range(2):
+        with average.swapped_in(), torch.no_grad():
+            model.eval()(DATA)
+
+
+def look_after_a_forward(model: nn.Module, average: ShardedAverage) -> None:
+    with torch.no_grad():
+        model.eval()(DATA)  # FSDP2's root stays unsharded
+    look_twice(model, average)
+
+
+def look_in_training_mode(model: nn.Module, average: ShardedAverage) -> None:
+    with average.swapped_in():
+        model.train()(DATA).sum().backward()  # writes running statistics, draws for dropout
+        torch.rand(3)
+
+
+def look_and_recalibrate(model: nn.Module, average: ShardedAverage) -> None:
+    with average.swapped_in():
+        recalibrate_batch_norm(model, DataLoader(DATA, batch_size=4, shuffle=True))  # type: ignore[arg-type]
+
+
+def look_and_export(model: nn.Module, average: ShardedAverage) -> None:
+    outside = average.full_state_dict()
+    with average.swapped_in():
+        assert same_bits(outside, average.full_state_dict())
+        with torch.no_grad():
+            model.eval()(DATA)
+        assert same_bits(outside, average.full_state_dict())
+    average.state_dict()
+
+
+def look_and_fail(model: nn.Module, average: ShardedAverage) -> None:
+    with pytest.raises(Stop), average.swapped_in():
+        raise Stop
+
+
+def look_and_fail_inside_a_forward(model: nn.Module, average: ShardedAverage) -> None:
+    def fail(*_: Any) -> None:
+        raise Stop
+
+    down = next(module for name, module in model.named_modules() if name.endswith("down"))
+    handle = down.register_forward_pre_hook(fail)
+    with pytest.raises(Stop), average.swapped_in():
+        model.eval()(DATA)
+    handle.remove()
+
+
+def look_with_another_buffer(model: nn.Module, average: ShardedAverage) -> None:
+    net = next(module for module in model.modules() if isinstance(module, Net))
+    cache = net.cache
+    with average.swapped_in():
+        net.cache = torch.ones(9)
+    assert net.cache is cache
+
+
+LOOKS: list[Callable[[nn.Module, ShardedAverage], None]] = [
+    look_twice,
+    look_after_a_forward,
+    look_in_training_mode,
+    look_and_recalibrate,
+    look_and_export,
+    look_and_fail,
+    look_and_fail_inside_a_forward,
+    look_with_another_buffer,
+]
+
+
+def run(wrapper: str, look: Callable[[nn.Module, ShardedAverage], None]) -> dict[str, Tensor]:
+    """Train, look, train on; return all bits of the run on this rank."""
+    torch.manual_seed(dist.get_rank())
+    model = wrap(build(), wrapper)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    average = ShardedAverage(model, EMA(0.9), process_group=group_of(wrapper))
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        average.update()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    look(model, average)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    train(model, optimizer, 10, first=3)
+    average.update()
+    bits = {f"model {name}": value for name, value in model.state_dict().items()}
+    bits |= {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
+    bits |= {f"average {name}": value for name, value in average.state_dict()["slots"]["0"].items()}
+    bits["random state"] = torch.get_rng_state()
+    return {
+        name: value.to_local().clone() if isinstance(value, DTensor) else value.clone() for name, value in bits.items()
+    }
+
+
+def differences(wrapper: str) -> list[str]:
+    undisturbed = run(wrapper, look_at_nothing)
+    found = []
+    for look in LOOKS:
+        after = run(wrapper, look)
+        found += [f"{look.__name__}: {name}" for name in undisturbed if not torch.equal(after[name], undisturbed[name])]
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_looking_never_changes_the_run(wrapper: str, num_ranks: int) -> None:
+    assert run_on_ranks(differences, num_ranks, wrapper) == [[]] * num_ranks
+
+
+@on_ranks(2, 3)
+def test_model_carries_the_average_inside() -> None:
+    for wrapper in WRAPPERS:
+        model = wrap(build(), wrapper)
+        average = ShardedAverage(model, process_group=group_of(wrapper))
+        with torch.no_grad():
+            model.eval()(DATA)
+        for values in trajectory(3, build()):
+            write(model, values)
+            average.update()
+        full = average.full_state_dict()
+        alone = build().eval()
+        if full:
+            alone.load_state_dict(full)
+        for action in (average.swapped_in, average.transfer):
+            context = action()
+            if context is not None:
+                context.__enter__()
+            with torch.no_grad():
+                out = model.eval()(DATA)
+                out = model.eval()(DATA)
+            if full:
+                torch.testing.assert_close(out, alone(DATA), rtol=1e-4, atol=1e-5)
+            if context is not None:
+                context.__exit__(None, None, None)
+                with torch.no_grad():
+                    assert not full or not torch.allclose(model.eval()(DATA), alone(DATA), rtol=1e-3), wrapper
+
+
+def test_swap_inside_autocast_forgets_cast_weights() -> None:
+    model = nn.Linear(4, 4)
+    average = ShardedAverage(model)
+    average.update()
+    expected = model(DATA.bfloat16().float()).bfloat16()
+    with torch.no_grad():
+        model.weight.zero_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = model(DATA)  # keeps the cast of the zeros
+        with average.swapped_in():
+            averaged = model(DATA)
+        again = model(DATA)
+    torch.testing.assert_close(averaged, expected, rtol=0.05, atol=0.05)
+    assert torch.equal(trained, again)
+
+
+def test_buffers_belong_to_a_side() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    average = ShardedAverage(model)
+    average.update()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].running_mean.fill_(7)
+    with average.swapped_in():
+        assert model[1].running_mean.eq(0).all()
+        recalibrate_batch_norm(model, [DATA])
+        recalibrated = model[1].running_mean.clone()
+        assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)
+    assert model[1].running_mean.eq(7).all()
+    assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)
+    assert torch.equal(average.state_dict()["buffers"]["1.running_mean"], recalibrated)
+    average.transfer()
+    assert torch.equal(model[1].running_mean, recalibrated)
+    average.update()
+    model[1].running_mean.fill_(3)
+    assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)  # never aliased
+
+
+@on_ranks(2)
+def test_one_ranks_error_hangs_nobody() -> None:
+    for wrapper in ("ddp", "fsdp2", "group"):
+        model = wrap(build(), wrapper)
+        average = ShardedAverage(model, process_group=group_of(wrapper))
+        average.update()
+        trained = {name: value.clone() for name, value in model.state_dict().items()}
+        try:
+            with average.swapped_in():
+                if dist.get_rank() == 1:
+                    raise Stop
+        except Stop:
+            pass
+        assert same_local_bits(trained, model.state_dict())
+
+
+def same_local_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    pairs = [(left[name], right[name]) for name in left]
+    return all(torch.equal(*(t.to_local() if isinstance(t, DTensor) else t for t in pair)) for pair in pairs)
+
+
+def test_calls_in_a_wrong_order() -> None:
+    model = nn.Linear(2, 2)
+    average = ShardedAverage(model)
+    for action in (average.swapped_in().__enter__, average.transfer, average.full_state_dict):
+        with pytest.raises(RuntimeError, match=r"needs an average, got num_averaged=0; call update first"):
+            action()
+    average.update()
+    with average.swapped_in():
+        for action in (
+            average.update,
+            average.transfer,
+            average.state_dict,
+            lambda: average.load_state_dict({}),
+            average.swapped_in().__enter__,
+        ):
+            with pytest.raises(RuntimeError, match=r"needs the model .* got a call inside swapped_in; leave it first"):
+                action()
+    assert average.num_averaged == 1
+
+
+def test_a_buffer_of_another_shape_is_refused_until_an_update() -> None:
+    model = build()
+    average = ShardedAverage(model)
+    average.update()
+    model.cache = torch.ones(7)
+    for action in (average.transfer, average.swapped_in().__enter__):
+        with pytest.raises(ValueError, match=r"needs buffers as they were .* got cache=\(7,\); call update"):
+            action()
+    average.update()
+    average.transfer()
