@@ -106,7 +106,7 @@ class SWA:
         missing. Call it on every rank after every real optimizer step, and after any LR scheduler's step. Local, but
         for the step that completes under DDP.
         """
-        self._check_not_swapped_in()
+        self._check_not_swapped_in("step")
         return self._follow(self.schedule.step(samples=samples, tokens=tokens))
 
     def end_epoch(self) -> bool:
@@ -114,7 +114,7 @@ class SWA:
 
         Every rank calls it. Raises RuntimeError where `steps_per_epoch` was given.
         """
-        self._check_not_swapped_in()
+        self._check_not_swapped_in("end_epoch")
         return self._follow(self.schedule.end_epoch())
 
     def swapped_in(self) -> AbstractContextManager[None]:
@@ -169,6 +169,12 @@ class SWA:
 
         Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
         """
+        self._check_not_swapped_in("load_state_dict")
+        missing = set(self.state_dict()) - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"load_state_dict needs what state_dict returns, got missing={sorted(missing)}; pass all of it"
+            )
         version = int(state_dict["format_version"])
         if version > FORMAT_VERSION:
             raise ValueError(
@@ -184,10 +190,10 @@ class SWA:
         self.schedule.load_state_dict({key: value.tolist() for key, value in state_dict["schedule"].items()})
         self._start_lrs = start_lrs
 
-    def _check_not_swapped_in(self) -> None:
+    def _check_not_swapped_in(self, action: str) -> None:
         if self.average.is_swapped_in:
             raise RuntimeError(
-                "step needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
+                f"{action} needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
             )
 
     def _follow(self, decision: Decision) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dist_swa import EMA, ShardedAverage, recalibrate_batch_norm
@@ -32,8 +33,9 @@ def look_twice(model: nn.Module, average: ShardedAverage) -> None:
 
 
 def look_after_a_forward(model: nn.Module, average: ShardedAverage) -> None:
-    with torch.no_grad():
-        model.eval()(DATA)  # FSDP2's root stays unsharded
+    model.eval()
+    with torch.no_grad():  # FSDP2's root stays unsharded; DDP's own forward would broadcast buffers
+        (model.module if isinstance(model, DistributedDataParallel) else model)(DATA)
     look_twice(model, average)
 
 
@@ -78,7 +80,7 @@ def look_with_another_buffer(model: nn.Module, average: ShardedAverage) -> None:
     net = next(module for module in model.modules() if isinstance(module, Net))
     cache = net.cache
     with average.swapped_in():
-        net.cache = torch.ones(9)
+        net.cache = nn.Buffer(torch.ones(9), persistent=False)
     assert net.cache is cache
 
 
@@ -112,9 +114,11 @@ def run(wrapper: str, look: Callable[[nn.Module, ShardedAverage], None]) -> dict
     bits |= {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
     bits |= {f"average {name}": value for name, value in average.state_dict()["slots"]["0"].items()}
     bits["random state"] = torch.get_rng_state()
-    return {
-        name: value.to_local().clone() if isinstance(value, DTensor) else value.clone() for name, value in bits.items()
-    }
+    return {name: local(value).clone() for name, value in bits.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def differences(wrapper: str) -> list[str]:
@@ -129,6 +133,8 @@ def differences(wrapper: str) -> list[str]:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_looking_never_changes_the_run(wrapper: str, num_ranks: int) -> None:
+    if (wrapper, num_ranks) == ("tp", 4):
+        num_ranks = 3  # DTensor's own forward does not split 6 features in 4
     assert run_on_ranks(differences, num_ranks, wrapper) == [[]] * num_ranks
 
 
@@ -152,13 +158,13 @@ def test_model_carries_the_average_inside() -> None:
                 context.__enter__()
             with torch.no_grad():
                 out = model.eval()(DATA)
-                out = model.eval()(DATA)
             if full:
                 torch.testing.assert_close(out, alone(DATA), rtol=1e-4, atol=1e-5)
             if context is not None:
                 context.__exit__(None, None, None)
                 with torch.no_grad():
-                    assert not full or not torch.allclose(model.eval()(DATA), alone(DATA), rtol=1e-3), wrapper
+                    out = model.eval()(DATA)
+                assert not full or not torch.allclose(out, alone(DATA), rtol=1e-3), wrapper
 
 
 def test_swap_inside_autocast_forgets_cast_weights() -> None:
@@ -177,25 +183,31 @@ def test_swap_inside_autocast_forgets_cast_weights() -> None:
     assert torch.equal(trained, again)
 
 
+def mean(norm: nn.BatchNorm1d) -> Tensor:
+    assert norm.running_mean is not None
+    return norm.running_mean
+
+
 def test_buffers_belong_to_a_side() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    linear, norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+    model = nn.Sequential(linear, norm)
     average = ShardedAverage(model)
     average.update()
     with torch.no_grad():
-        model[0].weight.zero_()
-        model[1].running_mean.fill_(7)
+        linear.weight.zero_()
+        mean(norm).fill_(7)
     with average.swapped_in():
-        assert model[1].running_mean.eq(0).all()
+        assert mean(norm).eq(0).all()
         recalibrate_batch_norm(model, [DATA])
-        recalibrated = model[1].running_mean.clone()
+        recalibrated = mean(norm).clone()
         assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)
-    assert model[1].running_mean.eq(7).all()
+    assert mean(norm).eq(7).all()
     assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)
     assert torch.equal(average.state_dict()["buffers"]["1.running_mean"], recalibrated)
     average.transfer()
-    assert torch.equal(model[1].running_mean, recalibrated)
+    assert torch.equal(mean(norm), recalibrated)
     average.update()
-    model[1].running_mean.fill_(3)
+    mean(norm).fill_(3)
     assert torch.equal(average.full_state_dict()["1.running_mean"], recalibrated)  # never aliased
 
 
@@ -216,8 +228,7 @@ def test_one_ranks_error_hangs_nobody() -> None:
 
 
 def same_local_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    pairs = [(left[name], right[name]) for name in left]
-    return all(torch.equal(*(t.to_local() if isinstance(t, DTensor) else t for t in pair)) for pair in pairs)
+    return all(torch.equal(local(left[name]), local(right[name])) for name in left)
 
 
 def test_calls_in_a_wrong_order() -> None:
@@ -244,7 +255,7 @@ def test_a_buffer_of_another_shape_is_refused_until_an_update() -> None:
     model = build()
     average = ShardedAverage(model)
     average.update()
-    model.cache = torch.ones(7)
+    model.cache = nn.Buffer(torch.ones(7), persistent=False)
     for action in (average.transfer, average.swapped_in().__enter__):
         with pytest.raises(ValueError, match=r"needs buffers as they were .* got cache=\(7,\); call update"):
             action()

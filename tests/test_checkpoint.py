@@ -1,0 +1,284 @@
+"""An average goes through torch.distributed.checkpoint to any wrapper and number of ranks, and resumes to the bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.checkpoint.stateful import Stateful
+
+from dist_swa import EMA, SWA, Equal, Polynomial, ShardedAverage, Window
+from dist_swa.rules import Rule
+from models import WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
+from ranks import on_ranks, run_on_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint of one process
+RULES: tuple[Rule, ...] = (Equal(), EMA(decay=0.9), EMA(decay=0.9, warmup=True), Polynomial(2.0), Window(3))
+
+
+def averages_of(wrapper: str) -> tuple[nn.Module, dict[str, ShardedAverage]]:
+    """Return a wrapped model, and an average of it by each rule."""
+    model = wrap(build(), wrapper)
+    return model, {str(rule): ShardedAverage(model, rule, process_group=group_of(wrapper)) for rule in RULES}
+
+
+def follow(model: nn.Module, averages: dict[str, ShardedAverage], models: list[dict[str, Tensor]]) -> None:
+    for values in models:
+        write(model, values)
+        for average in averages.values():
+            average.update()
+
+
+def full(averages: dict[str, ShardedAverage]) -> dict[str, Tensor]:
+    return {f"{rule} {name}": value for rule, a in averages.items() for name, value in a.full_state_dict().items()}
+
+
+def save(folder: Path) -> list[dict[str, Tensor]]:
+    """Save averages of 4 models under every wrapper; return what they become after 3 more."""
+    found = []
+    for wrapper in WRAPPERS:
+        model, averages = averages_of(wrapper)
+        follow(model, averages, trajectory(7, build())[:4])
+        save_checkpoint(dict(averages), checkpoint_id=folder / wrapper)
+        follow(model, averages, trajectory(7, build())[4:])
+        found.append(full(averages))
+    return found
+
+
+def load(folder: Path) -> list[dict[str, Tensor]]:
+    """Load what each wrapper wrote into each wrapper; return the averages after 3 more models."""
+    found = []
+    for source in WRAPPERS:
+        for wrapper in WRAPPERS:
+            model, averages = averages_of(wrapper)
+            load_checkpoint(dict(averages), checkpoint_id=folder / source)
+            assert all(average.num_averaged == 4 for average in averages.values())
+            follow(model, averages, trajectory(7, build())[4:])
+            found.append(full(averages))
+    return found
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(4, 3), (3, 4), (1, 2), (4, 1)])
+def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(tmp_path: Path, saving: int, loading: int) -> None:
+    expected = run_on_ranks(save, saving, tmp_path)[0]
+    found = run_on_ranks(load, loading, tmp_path)[0]
+    assert len(found) == len(WRAPPERS) ** 2
+    for result in expected + found:
+        assert same_bits(result, expected[0])
+
+
+class Buffers(nn.Module):
+    """Many buffers of several sizes, so that DCP would take them from different ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        for i in range(24):
+            self.register_buffer(f"b{i}", torch.zeros(i % 5 + 1, 7))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def buffers_survive(folder: Path, wrapper: str) -> bool:
+    averages = []
+    for _ in range(2):
+        model = wrap(Buffers(), wrapper)
+        for i, buffer in enumerate(model.buffers()):  # after the wrapper: DDP makes them equal
+            buffer.fill_(10 * i + dist.get_rank())
+        averages.append(ShardedAverage(model, process_group=group_of(wrapper)))
+        averages[-1].update()
+    saved, loaded = averages
+    save_checkpoint({"swa": saved}, checkpoint_id=folder / wrapper)
+    load_checkpoint({"swa": loaded}, checkpoint_id=folder / wrapper)
+    loaded.transfer()  # into the model of the last round
+    return all(buffer.eq(10 * i).all() for i, buffer in enumerate(model.buffers()))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp", "group"])
+def test_buffers_are_rank_0s_on_every_rank(tmp_path: Path, wrapper: str) -> None:
+    assert all(run_on_ranks(buffers_survive, 4, tmp_path, wrapper))
+
+
+class State:
+    """A training run on some ranks: what a script would put into a checkpoint, and its steps."""
+
+    def __init__(self, wrapper: str, **options: Any) -> None:
+        torch.manual_seed(0 if wrapper == "fsdp2+tp" else dist.get_rank())  # replicas under TP drop out the same
+        self.model = wrap(build(), wrapper)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        schedule: dict[str, Any] = {"max_duration": "30ba", "swa_start": "0.3dur", "swa_end": None}
+        schedule |= {"update_interval": "3ba", "schedule_swa_lr": True, "swa_lr": 0.2, "anneal_steps": 4}
+        self.swa = SWA(self.model, self.optimizer, **(schedule | options))
+
+    def run(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            train(self.model, self.optimizer, 1, first=step)
+            self.swa.step()
+
+    def save(self, folder: Path) -> None:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        random_state = {str(dist.get_rank()): torch.get_rng_state()}
+        state = {"model": model, "optimizer": optimizer, "swa": self.swa, "random_state": random_state}
+        save_checkpoint(state, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        random_state = {str(dist.get_rank()): torch.get_rng_state()}
+        state = {"model": model, "optimizer": optimizer, "swa": self.swa, "random_state": random_state}
+        load_checkpoint(state, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        torch.set_rng_state(random_state[str(dist.get_rank())])
+
+    def result(self) -> dict[str, Any]:
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        facts = {"lrs": lrs, "num_averaged": self.swa.num_averaged, "started": self.swa.started}
+        facts |= {"completed": self.swa.completed, "position": self.swa.schedule.state_dict()}
+        parameters = dict(Net().named_parameters())
+        full = self.swa.average.full_state_dict() if self.swa.started else {}
+        return facts | {name: value for name, value in full.items() if name in parameters}
+
+
+def resume(folder: Path, wrapper: str, moment: int, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    uninterrupted = State(wrapper, **options)
+    uninterrupted.run(0, moment)
+    uninterrupted.save(folder)
+    uninterrupted.run(moment, 30)
+    resumed = State(wrapper, **options)
+    resumed.load(folder)
+    resumed.run(moment, 30)
+    return uninterrupted.result(), resumed.result()
+
+
+def same_facts(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        for name, value in left.items()
+    )
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp", "fsdp2+tp"])
+def test_resuming_equals_never_having_stopped(tmp_path: Path, wrapper: str) -> None:
+    ending = {"swa_end": "0.7dur"}
+    # Before the first update, in the LR phase, between two updates, at one, after completion.
+    for moment, options in ((5, {}), (10, {}), (14, {}), (18, ending), (25, ending)):
+        folder = tmp_path / f"{moment}"
+        for uninterrupted, resumed in run_on_ranks(resume, 2, folder, wrapper, moment, options):
+            assert same_facts(uninterrupted, resumed), moment
+            assert uninterrupted["completed"] == (options == ending)
+
+
+def refusals(folder: Path) -> bool:
+    """Every checkpoint that does not fit is refused before anything changed."""
+    average = ShardedAverage(wrap(build(), "fsdp2"))
+    average.update()
+    save_checkpoint({"swa": average}, checkpoint_id=folder)
+    other_rule = ShardedAverage(wrap(build(), "fsdp2"), EMA(decay=0.9))
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: swa.rule.EMA"):
+        load_checkpoint({"swa": other_rule}, checkpoint_id=folder)
+    wide = build()
+    wide.one_row = nn.Parameter(torch.zeros(2, 5))
+    other_shape = ShardedAverage(wrap(wide, "fsdp2"))
+    with pytest.raises(CheckpointException, match=r"Size mismatch .*swa.slots.0.one_row"):
+        load_checkpoint({"swa": other_shape}, checkpoint_id=folder)
+    deep = build()
+    deep.more = nn.Parameter(torch.zeros(2, 5))
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: swa.slots.0.more"):
+        load_checkpoint({"swa": ShardedAverage(wrap(deep, "fsdp2"))}, checkpoint_id=folder)
+    for refused in (other_rule, other_shape):
+        assert refused.num_averaged == 0
+        assert all(not value.to_local().any() for value in refused.state_dict()["slots"]["0"].values())
+    fewer = build()
+    del fewer.one_row
+    fewer.register_buffer("one_row", torch.ones(1), persistent=False)
+    with pytest.raises(ValueError, match=r"needs a checkpoint of 7 averaged parameters, got num_parameters=8; load"):
+        load_checkpoint({"swa": ShardedAverage(wrap(fewer, "fsdp2"))}, checkpoint_id=folder)
+    return True
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    assert all(run_on_ranks(refusals, 2, tmp_path))
+
+
+def change_version(state: dict[str, Any]) -> None:
+    state["format_version"] = torch.tensor(2)
+
+
+def change_shape(state: dict[str, Any]) -> None:
+    state["slots"]["0"]["norm.weight"] = torch.zeros(6)
+
+
+def change_name(state: dict[str, Any]) -> None:
+    state["slots"]["0"]["norm.scale"] = state["slots"]["0"].pop("norm.weight")
+
+
+def add_name(state: dict[str, Any]) -> None:
+    state["slots"]["0"]["more"] = torch.zeros(1)
+
+
+def drop_key(state: dict[str, Any]) -> None:
+    del state["rule"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_version, r"needs format_version <= 1, got version=2; update dist_swa"),
+        (change_shape, r"needs norm.weight of shape \(5,\), got shape=\(6,\); load the checkpoint into the model"),
+        (change_name, r"needs norm.weight of shape \(5,\), got shape=None; load the checkpoint into the model"),
+        (add_name, r"needs more of shape None, got shape=\(1,\); load the checkpoint into the model"),
+        (drop_key, r"needs what state_dict returns, got missing=\['rule'\]; pass all of it"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused_with_nothing_changed(
+    change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    average = ShardedAverage(build(seed=1))
+    average.update()
+    before = average.full_state_dict()
+    other = ShardedAverage(build(seed=2))
+    other.update()
+    other.update()
+    state = other.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        average.load_state_dict(state)
+    assert same_bits(average.full_state_dict(), before)
+    assert average.num_averaged == 1
+
+
+def test_rule_of_a_checkpoint() -> None:
+    model = build()
+    saved = ShardedAverage(model, EMA(decay=0.9))
+    saved.update()
+    with pytest.raises(ValueError, match=r"needs a checkpoint of rule=Equal, got rule=EMA; build the average with"):
+        ShardedAverage(model).load_state_dict(saved.state_dict())
+    other = ShardedAverage(model, EMA(decay=0.5))
+    with pytest.warns(UserWarning, match=r"was averaged with EMA\(decay=0.9.*; going on with EMA\(decay=0.5"):
+        other.load_state_dict(saved.state_dict())
+    assert (other.num_averaged, other.rule) == (1, EMA(decay=0.5))
+
+
+@on_ranks(2)
+def test_state_of_another_layout_is_refused() -> None:
+    sharded, plain = (ShardedAverage(wrap(build(), wrapper)) for wrapper in ("fsdp2", "plain"))
+    for average, state in ((plain, sharded.state_dict()), (sharded, plain.state_dict())):
+        with pytest.raises(ValueError, match=r"needs tensors laid out as this average's, .*checkpoint.load, which"):
+            average.load_state_dict(state)
+
+
+def test_average_and_controller_are_stateful() -> None:
+    model = build()
+    assert isinstance(ShardedAverage(model), Stateful)
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    assert isinstance(swa, Stateful)
+
+    def leaves(tree: Any) -> list[Any]:
+        return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
+
+    assert all(isinstance(leaf, Tensor) for leaf in leaves(swa.state_dict()))  # nothing that DCP would pickle

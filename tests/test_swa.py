@@ -1,0 +1,231 @@
+"""The controller: when it updates, completes and finalizes, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dist_swa import EMA, SWA, Equal, ShardedAverage, recalibrate_batch_norm
+from models import build, trajectory, wrap, write
+from ranks import on_ranks
+from reference import closed_form, weighted_sum
+
+DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(2, 2, bias=False)
+
+
+def run(swa: SWA, model: nn.Linear, num_steps: int) -> list[int]:
+    """Let the weight be the number of the step; return the steps that updated."""
+    updated = []
+    for step in range(1, num_steps + 1):
+        if not swa.completed:
+            nn.init.constant_(model.weight, step)
+        if swa.step():
+            updated.append(step)
+    return updated
+
+
+def test_updates_by_the_schedule_and_finalizes() -> None:
+    model = linear()
+    swa = SWA(model, max_duration="20ba", swa_start="0.5dur", swa_end=None, update_interval="3ba")
+    assert (swa.started, swa.completed, swa.num_averaged) == (False, False, 0)
+    assert run(swa, model, 20) == [10, 13, 16, 19]
+    assert (swa.started, swa.completed, swa.num_averaged) == (True, False, 4)
+    assert model.weight.eq(20).all()
+    with swa.swapped_in():
+        assert model.weight.eq(14.5).all()
+    assert model.weight.eq(20).all()
+    swa.finalize()
+    assert model.weight.eq(14.5).all()
+    assert swa.completed
+    assert not swa.step()
+
+
+def test_defaults_are_composers() -> None:
+    model = linear()
+    swa = SWA(model, max_duration="100ba", steps_per_epoch=10)
+    assert run(swa, model, 100) == [70, 80, 90, 100]
+    assert swa.completed
+    assert model.weight.eq(85).all()
+
+
+def test_completion_transfers_and_training_goes_on_from_there() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="2ba", swa_end="6ba", update_interval="2ba")
+    for step in range(1, 6):
+        nn.init.constant_(model.weight, step)
+        swa.step()
+    nn.init.constant_(model.weight, 6)
+    assert swa.step()
+    assert swa.completed
+    assert model.weight.eq(4).all()
+    nn.init.constant_(model.weight, 9)
+    assert not swa.step()
+    assert model.weight.eq(9).all()
+    swa.finalize()  # leaves the average in the model, whatever training has done since
+    assert model.weight.eq(4).all()
+
+
+def test_end_epoch_counts_where_steps_per_epoch_is_not_given() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="1ep", swa_end="3ep", update_interval="1ep")
+    updated = []
+    for epoch in range(1, 5):
+        for _ in range(2):
+            assert not swa.step()
+        updated.append((epoch, swa.end_epoch(), swa.completed))
+    assert updated == [(1, True, False), (2, True, False), (3, True, True), (4, False, True)]
+
+
+def test_half_life_follows_the_schedule() -> None:
+    model = linear()
+    rule = EMA(half_life="64tok")
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", rule=rule)
+    expected = 1.0
+    for step in range(1, 9):
+        nn.init.constant_(model.weight, step)
+        swa.step(tokens=step * 16)
+        expected = step + (expected - step) * (0.5 ** (step * 16 / 64) if step > 1 else 0)
+    swa.finalize()
+    torch.testing.assert_close(model.weight.data, torch.full((2, 2), expected))
+
+
+def test_nothing_averaged_warns_once_and_changes_nothing() -> None:
+    model = linear()
+    swa = SWA(model, max_duration="20ba", swa_start="0.9dur", swa_end=None, update_interval="1ba")
+    run(swa, model, 5)
+    with pytest.warns(UserWarning, match=r"no model was averaged in 5 steps, swa_start=0.9dur;") as warned:
+        swa.finalize()
+    assert len(warned) == 1
+    assert model.weight.eq(5).all()
+    assert not swa.completed
+
+
+def test_epochs_that_were_never_told_raise_at_finalize() -> None:
+    model = linear()
+    for options in ({"swa_start": "1ba"}, {"swa_start": "0.1dur", "max_duration": "9ep", "update_interval": "1ba"}):
+        swa = SWA(model, swa_end=None, **options)  # type: ignore[arg-type]
+        run(swa, model, 5)
+        with pytest.raises(
+            RuntimeError, match=r"needs to know where they end, .* no end_epoch call; pass steps_per_ep"
+        ):
+            swa.finalize()
+        assert model.weight.eq(5).all()
+
+
+@on_ranks(1, 2, 3)
+def test_finalize_leaves_average_and_statistics_of_all_ranks() -> None:
+    batches = list(DATA.chunk(4))
+    alone = build()
+    oracle = weighted_sum(closed_form(Equal(), 3), trajectory(3, alone))
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    only_me, _ = dist.new_subgroups(1)  # type: ignore[no-untyped-call]
+    mine = batches[rank::ranks] if ranks < 3 else batches[:1]  # a sharded model needs as many on every rank
+    for wrapper in ("ddp", "fsdp2", "hsdp"):
+        model = wrap(build(), wrapper)
+        swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+        for values in trajectory(3, alone):
+            write(model, values)
+            swa.step()
+        swa.finalize(mine, max_batches=4)
+        full = ShardedAverage(model)
+        full.update()  # a way to see whole parameters
+        weights = full.full_state_dict()
+        assert not weights or all(torch.allclose(weights[n].double(), oracle[n], atol=1e-6) for n in oracle)
+        if ranks < 3 and weights:
+            alone.load_state_dict(weights)
+            recalibrated = {n: b.clone() for n, b in alone.named_buffers()}
+            recalibrate_batch_norm(alone, batches, process_group=only_me)
+            for name, buffer in alone.named_buffers():
+                torch.testing.assert_close(recalibrated[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+@on_ranks(2)
+def test_only_the_completing_step_communicates_under_ddp() -> None:
+    model = wrap(build(), "ddp")
+    swa = SWA(model, swa_start="1ba", swa_end="3ba", update_interval="1ba")
+    counts = []
+    for _ in range(4):
+        with CommDebugMode() as mode:  # type: ignore[no-untyped-call]
+            swa.step()
+        counts.append(mode.get_total_counts())
+    assert counts[:2] == [0, 0]
+    assert counts[2] > 0
+    assert counts[3] == 0
+    assert swa.completed
+
+
+@on_ranks(2)
+def test_averaging_beats_the_last_iterate_of_a_noisy_run() -> None:
+    """A quadratic with noise that stays: the variance of the average over that of an iterate is known."""
+    lr, num_steps = 0.2, 400
+    for wrapper in ("ddp", "fsdp2"):
+        generator = torch.Generator().manual_seed(0)
+        model = wrap(nn.Linear(64, 64, bias=False), wrapper)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        swa = SWA(
+            model, optimizer, max_duration=f"{num_steps}ba", swa_start="0.5dur", swa_end=None, update_interval="1ba"
+        )
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            noise = torch.randn(64, 64, generator=generator)
+            weight = model(torch.eye(64)).t()
+            (0.5 * weight.square() + noise * weight).sum().backward()
+            optimizer.step()
+            swa.step()
+        with torch.no_grad():
+            last = model(torch.eye(64)).var()
+            swa.finalize()
+            averaged = model(torch.eye(64)).var()
+        phi, window = 1 - lr, swa.num_averaged
+        expected = (1 + phi) / ((1 - phi) * window) - 2 * phi * (1 - phi**window) / (window * (1 - phi)) ** 2
+        assert 0.8 < averaged / last / expected < 1.25, wrapper
+
+
+def test_a_call_inside_a_swap_is_refused_before_it_counts() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    with swa.swapped_in():
+        for action in (swa.step, swa.end_epoch, swa.finalize, swa.state_dict, lambda: swa.load_state_dict({})):
+            with pytest.raises(RuntimeError, match=r"needs the model .* got a call inside swapped_in; leave it first"):
+                action()
+    assert swa.schedule.now.batches == 1
+    assert swa.num_averaged == 1
+    assert not swa.completed
+
+
+def test_finalize_of_a_batch_norm_model_needs_batches() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"finalize needs batches for a model with BatchNorm, got batches=None; pass"):
+        swa.finalize()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    swa.finalize([DATA])
+    assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"swa_start": "0.9dur", "swa_end": "0.5dur"}, ValueError, "swa_start needs to be before swa_end"),
+        ({"max_duration": None}, ValueError, "a schedule in 'dur' needs max_duration"),
+        ({"update_interval": "0ba"}, ValueError, "update_interval needs to be above 0"),
+        ({"update_interval": "often"}, ValueError, "update_interval needs a number and a unit"),
+        ({"swa_start": "1.5dur"}, ValueError, r"swa_start needs a fraction in \[0, 1\] before 'dur'"),
+        ({"rule": "mean"}, TypeError, "needs a rule, got rule='mean'"),
+        ({"swa_lr": 0.1}, ValueError, "swa_lr needs schedule_swa_lr=True, got swa_lr=0.1"),
+        ({"schedule_swa_lr": True}, ValueError, "schedule_swa_lr needs an optimizer, got optimizer=None"),
+    ],
+)
+def test_arguments_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SWA(linear(), **({"max_duration": "10ba"} | options))
