@@ -52,7 +52,9 @@ class ShardedAverage:
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"ShardedAverage needs a rule, got rule={rule!r}; pass Equal(), EMA(decay=0.999), ...")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
+        if not dtype.is_floating_point:
             raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
         if buffers != "copy":
             raise ValueError(f"ShardedAverage needs buffers='copy', got buffers={buffers!r}; leave it out")
@@ -117,8 +119,9 @@ class ShardedAverage:
             with torch.no_grad():
                 for shard, weights in zip(self._shards.averaged, trained, strict=True):
                     shard.held.copy_(weights)
-                self._copy_buffers()
                 for shard, buffer, values in trained_buffers:
+                    if shard.held.shape == values.shape:
+                        self._buffers[shard.name].copy_(shard.held)
                     shard.owner[shard.key] = buffer  # a forward may have put another tensor there
                     shard.held.copy_(values)
 
@@ -154,10 +157,7 @@ class ShardedAverage:
             if is_first:
                 copy = whole.to("cpu", copy=True)
                 full |= dict.fromkeys(shard.names, copy)
-        if is_first:
-            extra = shards.module.state_dict()
-            full |= {name: value for name, value in extra.items() if name.endswith("_extra_state")}
-        return full
+        return full | shards.extra_state() if is_first else full
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average for torch.distributed.checkpoint: tensors on its own storage. Local, no copy.
@@ -180,7 +180,7 @@ class ShardedAverage:
                 for i, slot in enumerate(self._slots)
             },
             "buffers": {
-                shard.name: self._shards.first_ranks(shard, self._buffers[shard.name])
+                shard.name: self._shards.written_once(shard, self._buffers[shard.name])
                 for shard in self._shards.buffers
                 if shard.is_persistent
             },
@@ -201,6 +201,12 @@ class ShardedAverage:
         parts = [self._parts(state_dict["slots"][str(i)], self._shards.averaged) for i in range(self.rule.num_slots)]
         persistent = [shard for shard in self._shards.buffers if shard.is_persistent]
         buffers = self._parts(state_dict["buffers"], persistent)
+        num_parameters = int(state_dict["num_parameters"])
+        if num_parameters != len(self._shards.averaged):  # torch.distributed.checkpoint leaves out what it is not asked
+            raise ValueError(
+                f"load_state_dict needs a checkpoint of {len(self._shards.averaged)} averaged parameters, got"
+                f" {num_parameters=}; load it into the model that it was averaged from"
+            )
         for mine, theirs in zip(chain(*self._slots), chain(*parts), strict=True):
             mine.copy_(theirs)
         for shard, value in zip(persistent, buffers, strict=True):
@@ -243,9 +249,9 @@ class ShardedAverage:
     @torch.no_grad()
     def _write(self) -> None:
         torch.clear_autocast_cache()  # it may hold casts of the trained weights
-        self._shards.write(self._averages())
         for shard in self._shards.buffers:
             shard.held.copy_(self._buffers[shard.name])
+        self._shards.write(self._averages())
 
     def _current_buffers(self) -> dict[str, Tensor]:
         if self.is_swapped_in:
@@ -254,11 +260,11 @@ class ShardedAverage:
 
     def _copy_buffers(self) -> None:
         for shard in self._shards.buffers:
-            mine, current = self._buffers.get(shard.name), shard.held
+            current = shard.held
+            mine = self._buffers.get(shard.name)
             if mine is None or mine.shape != current.shape:
-                self._buffers[shard.name] = current.clone()
-            else:
-                mine.copy_(current)
+                mine = self._buffers[shard.name] = torch.empty_like(current)
+            mine.copy_(current)
 
     def _kept_random_state(self) -> Any:
         device = self._shards.averaged[0].held.device
@@ -280,12 +286,6 @@ class ShardedAverage:
             raise ValueError(
                 f"load_state_dict needs a checkpoint of rule={type(self.rule).__name__}, got rule={name}; build the"
                 " average with the rule of the checkpoint"
-            )
-        num_parameters = int(state_dict["num_parameters"])
-        if num_parameters != len(self._shards.averaged) and len(state_dict["slots"]["0"]) == len(self._shards.averaged):
-            raise ValueError(
-                f"load_state_dict needs a checkpoint of {len(self._shards.averaged)} averaged parameters, got"
-                f" num_parameters={num_parameters}; load it into the model that it was averaged from"
             )
         saved = bytes(encoded.tolist()).rstrip(b"\0").decode()
         if saved != repr(self.rule):

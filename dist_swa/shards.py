@@ -57,9 +57,9 @@ class LocalShard:
     tensor: Tensor = field(repr=False)
     shape: torch.Size  # of the whole, as its stride
     stride: tuple[int, ...]
-    layout: Layout | None = None  # of its average; see [Note: one format]
-    rows: slice | None = None  # of a replicated parameter: those that this rank averages
-    is_persistent: bool = True
+    layout: Layout | None  # of its average; see [Note: one format]
+    rows: slice | None  # of a replicated parameter: those that this rank averages
+    is_persistent: bool
 
     @property
     def name(self) -> str:
@@ -83,18 +83,14 @@ class LocalShard:
 
     def whole(self, local: Tensor) -> Tensor:
         """Return the whole tensor of which `local` is this rank's part: a DTensor on its storage, or itself."""
-        if self.layout is None:
-            return local
-        # Not DTensor.from_local: it moves a local tensor that is kept on the CPU to the mesh's device.
-        spec = DTensorSpec(*self.layout, tensor_meta=TensorMeta(self.shape, self.stride, local.dtype))
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return local if self.layout is None else _as_dtensor(local, self.layout, self.shape, self.stride)
 
     def gathered(self, local: Tensor) -> Tensor:
         """Return the whole tensor as a plain one on the mesh's device. A collective of the mesh."""
         if self.layout is None:
             return local
-        whole = self.whole(local.to(self.layout.mesh.device_type))
-        return whole.full_tensor() if isinstance(whole, DTensor) else whole
+        local = local.to(self.layout.mesh.device_type)
+        return _as_dtensor(local, self.layout, self.shape, self.stride).full_tensor()
 
     def part_of(self, whole: Tensor) -> Tensor:
         """Return this rank's part of `whole`, as `whole` of this layout made it; ValueError for another layout."""
@@ -190,13 +186,19 @@ class ModelShards:
             whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
             shard.held.copy_(whole)
 
-    def first_ranks(self, shard: LocalShard, local: Tensor) -> Tensor:
-        """Return `shard.whole(local)` so that only the first rank writes it into a checkpoint, and all ranks read it.
+    def written_once(self, shard: LocalShard, local: Tensor) -> Tensor:
+        """Return the whole of a buffer so that the first rank's goes into a checkpoint, from which all ranks read.
 
         Buffers may differ between ranks, and torch.distributed.checkpoint takes plain tensors from any of them.
         """
-        is_plain = shard.layout is None
-        return local.as_subclass(_Unwritten) if is_plain and not self.is_first_rank else shard.whole(local)
+        if shard.layout is None and not self.is_first_rank:
+            return local.as_subclass(_Unwritten)
+        return shard.whole(local)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
+        state = self.module.state_dict()
+        return {_clean_name(name): value for name, value in state.items() if name.endswith("_extra_state")}
 
     def _find_parameters(self) -> list[LocalShard]:
         return _find(self.module, "_parameters", self._replica_mesh)
@@ -269,14 +271,12 @@ def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) 
                 is_persistent = kind != "_buffers" or key not in part._non_persistent_buffers_set
                 entry = found.setdefault(id(tensor), (getattr(part, kind), key, tensor, [], is_persistent))
                 entry[3].append(_clean_name(f"{prefix}.{key}"))
-    return [
-        LocalShard(
-            *(tuple(names), owner, key, tensor, tensor.shape, tensor.stride()),
-            *_layout(names[0], tensor, replica_mesh),
-            is_persistent,
-        )
-        for owner, key, tensor, names, is_persistent in found.values()
-    ]
+    shards = []
+    for owner, key, tensor, names, is_persistent in found.values():
+        layout, rows = _layout(names[0], tensor, replica_mesh)
+        shape, stride = tensor.shape, tensor.stride()
+        shards.append(LocalShard(tuple(names), owner, key, tensor, shape, stride, layout, rows, is_persistent))
+    return shards
 
 
 def _layout(name: str, tensor: Tensor, replica_mesh: DeviceMesh | None) -> tuple[Layout | None, slice | None]:
@@ -298,6 +298,12 @@ def _layout(name: str, tensor: Tensor, replica_mesh: DeviceMesh | None) -> tuple
     return Layout(replica_mesh, (Shard(0),)), rows
 
 
+def _as_dtensor(local: Tensor, layout: Layout, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
+    # Not DTensor.from_local: it moves a local tensor that is kept on the CPU to the mesh's device.
+    spec = DTensorSpec(*layout, tensor_meta=TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
 def _plain(tensor: Tensor) -> Tensor:
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local.detach()
@@ -311,5 +317,5 @@ def _fingerprint(shard: LocalShard) -> int:
     held = shard.held
     held = torch.view_as_real(held) if held.is_complex() else held
     bits = held.view(_INT_OF_SIZE[held.element_size()]).sum(dtype=torch.int64).item()
-    text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {bits}"
+    text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {shard.tensor.requires_grad} {bits}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -269,7 +269,7 @@ def test_models_that_cannot_be_averaged() -> None:
     [
         ({"rule": "ema"}, TypeError, r"needs a rule, got rule='ema'; pass Equal\(\)"),
         ({"dtype": torch.int64}, ValueError, "needs a floating dtype, got dtype=torch.int64; torch.float32"),
-        ({"dtype": "float32"}, ValueError, "needs a floating dtype, got dtype=float32; torch.float32"),
+        ({"dtype": "float32"}, TypeError, "needs a torch.dtype, got dtype='float32'; torch.float32"),
         ({"buffers": "sum"}, ValueError, "needs buffers='copy', got buffers='sum'; leave"),
     ],
 )

@@ -82,6 +82,8 @@ def look_with_another_buffer(model: nn.Module, average: ShardedAverage) -> None:
     with average.swapped_in():
         net.cache = nn.Buffer(torch.ones(9), persistent=False)
     assert net.cache is cache
+    with average.swapped_in():
+        assert net.cache.shape == cache.shape
 
 
 LOOKS: list[Callable[[nn.Module, ShardedAverage], None]] = [
