@@ -16,7 +16,7 @@ from dist_swa.foreach import lerp, plan
 from dist_swa.rules import Elapsed, Equal, Rule
 from dist_swa.shards import LocalShard, ModelShards
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes
 
 
@@ -169,7 +169,7 @@ class ShardedAverage:
         self._require(swapped_in=False, action="state_dict")
         self._shards.follow()
         return {
-            "format_version": torch.tensor(FORMAT_VERSION),
+            "format_version": torch.tensor(_FORMAT_VERSION),
             "num_averaged": torch.tensor(self.num_averaged),
             "num_parameters": torch.tensor(len(self._shards.averaged)),
             "rule": {type(self.rule).__name__: _encoded(self.rule)},
@@ -271,16 +271,7 @@ class ShardedAverage:
         return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
     def _check_header(self, state_dict: Mapping[str, Any]) -> None:
-        missing = {"format_version", "num_averaged", "num_parameters", "rule", "slots", "buffers"} - set(state_dict)
-        if missing:
-            raise ValueError(
-                f"load_state_dict needs what state_dict returns, got missing={sorted(missing)}; pass all of it"
-            )
-        version = int(state_dict["format_version"])
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
-            )
+        check_format(state_dict, like=self.state_dict())
         name, encoded = next(iter(state_dict["rule"].items()))
         if name != type(self.rule).__name__:
             raise ValueError(
@@ -303,6 +294,16 @@ class ShardedAverage:
                     " model that it was averaged from"
                 )
         return [shard.part_of(saved[shard.name]) for shard in shards]
+
+
+def check_format(state_dict: Mapping[str, Any], *, like: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `state_dict` has the keys of `like`, and no newer format."""
+    missing = sorted(set(like) - set(state_dict))
+    if missing:
+        raise ValueError(f"load_state_dict needs what state_dict returns, got {missing=}; pass all of it")
+    newest, version = int(like["format_version"]), int(state_dict["format_version"])
+    if version > newest:
+        raise ValueError(f"load_state_dict needs format_version <= {newest}, got {version=}; update dist_swa")
 
 
 def _encoded(rule: Rule) -> Tensor:

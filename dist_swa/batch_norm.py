@@ -192,21 +192,7 @@ def _run_forwards(
                 error = raised
             has_ended = batch is _END
             if together or has_ended:
-                facts = [error is not None, has_ended, not has_ended, num_batches]
-                any_failed, any_ended, any_running, most_batches = agreed_max(facts, group, device)
-                if error is not None:
-                    raise error
-                if any_failed:
-                    raise RuntimeError("a pass needs every rank, got an error on another one; see its traceback")
-                if any_ended and any_running and together:
-                    raise ValueError(
-                        "a sharded model needs as many batches on every rank, got another number than"
-                        f" num_batches={num_batches + (not has_ended)} elsewhere; pass max_batches"
-                    )
-                if has_ended and most_batches == 0:
-                    raise ValueError(
-                        "a pass needs a batch on some rank, got num_batches=0 everywhere; check the loader"
-                    )
+                _agree_to_go_on(error, has_ended, num_batches, group, device)
             if has_ended:
                 return
             try:
@@ -215,6 +201,26 @@ def _run_forwards(
                 error = raised
             num_batches += 1
             bar.update()
+
+
+def _agree_to_go_on(
+    error: Exception | None, has_ended: bool, num_batches: int, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Raise on every rank where one has failed, where some have ended and others not, and where none had a batch."""
+    facts = [error is not None, has_ended, not has_ended, num_batches]
+    any_failed, any_ended, any_running, most_batches = agreed_max(facts, group, device)
+    if error is not None:
+        raise error
+    if any_failed:
+        raise RuntimeError("a pass needs every rank, got an error on another one; see that rank's traceback")
+    if any_ended and any_running:
+        raise ValueError(
+            "a sharded model needs as many batches on every rank, got"
+            f" num_batches={num_batches if has_ended else f'{num_batches + 1} or more'} here, and another number elsewhere"
+            "; pass max_batches"
+        )
+    if most_batches == 0 and has_ended:
+        raise ValueError("a pass needs a batch on some rank, got num_batches=0 everywhere; check the loader")
 
 
 def _default_forward(device: torch.device) -> Forward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ ANNEAL_STRATEGIES = {"linear": "linear", "lin": "linear", "cosine": "cosine", "c
 
 def check_phase(swa_lr: float | None, anneal_strategy: str, anneal_steps: int) -> None:
     """Raise ValueError unless these describe a learning-rate phase."""
+    if swa_lr is not None and not isinstance(swa_lr, Real):
+        raise TypeError(f"swa_lr needs a number, got swa_lr={swa_lr!r}; pass a float")
     if swa_lr is not None and not (math.isfinite(swa_lr) and swa_lr >= 0):
         raise ValueError(f"swa_lr needs a finite number >= 0, got swa_lr={swa_lr}; None holds the rate of swa_start")
     if anneal_strategy not in ANNEAL_STRATEGIES:

@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 Elapsed = float | Mapping[str, float] | None
 """Training since the last update: a number in the unit of the rule, or ``{"ba": 1, "tok": 4096}``."""
@@ -25,6 +26,11 @@ class Rule(ABC):
     def num_slots(self) -> int:
         """Copies of the local shards that the average stores."""
         return 1
+
+    @property
+    def unit(self) -> str | None:
+        """The unit of the elapsed training that `weight` asks for, if it does."""
+        return None
 
     @abstractmethod
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
@@ -61,6 +67,7 @@ class Polynomial(Rule):
     eta: float
 
     def __post_init__(self) -> None:
+        _require_number("Polynomial", eta=self.eta)
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"Polynomial needs a finite eta >= 0, got eta={self.eta}; eta=0 weighs all models alike")
 
@@ -87,12 +94,18 @@ class EMA(Rule):
             raise ValueError(
                 f"EMA needs either decay or half_life, got decay={self.decay}, half_life={self.half_life!r}; give one"
             )
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"EMA needs decay in [0, 1), got decay={self.decay}; 0.999 is a usual value")
+        if self.decay is not None:
+            _require_number("EMA", decay=self.decay)
+            if not 0 <= self.decay < 1:
+                raise ValueError(f"EMA needs decay in [0, 1), got decay={self.decay}; 0.999 is a usual value")
         if self.half_life is not None:
             if self.warmup:
                 raise ValueError(f"EMA needs decay for warmup=True, got half_life={self.half_life!r}; leave warmup out")
             self._parsed_half_life()
+
+    @property
+    def unit(self) -> str | None:
+        return None if self.half_life is None else self._parsed_half_life()[1]
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
         if n == 1:
@@ -103,7 +116,7 @@ class EMA(Rule):
         return 1 - (min(self.decay, n / (9 + n)) if self.warmup else self.decay)
 
     def _parsed_half_life(self) -> tuple[float, str]:
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]{1,3})?)(ba|sp|tok|ep)", str(self.half_life))
+        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]{1,3})?)(ba|sp|tok|ep)", str(self.half_life).strip())
         try:
             value = float(match[1]) if match else 0.0
         except ValueError:
@@ -126,6 +139,7 @@ class PowerEMA(Rule):
     sigma_rel: float
 
     def __post_init__(self) -> None:
+        _require_number("PowerEMA", sigma_rel=self.sigma_rel)
         if not 0 < self.sigma_rel < 12**-0.5:
             raise ValueError(
                 f"PowerEMA needs sigma_rel in (0, 0.2886), got sigma_rel={self.sigma_rel}; 0.05 and 0.10 are usual"
@@ -164,10 +178,9 @@ class DecayShaped(Rule):
     total: int
 
     def __post_init__(self) -> None:
-        if self.shape not in _DECAYS:
+        if self.shape not in list(_DECAYS):
             raise ValueError(f"DecayShaped needs a shape of {', '.join(_DECAYS)}, got shape={self.shape!r}; choose one")
-        if not (isinstance(self.total, int) and self.total >= 1):
-            raise ValueError(f"DecayShaped needs a whole number of models >= 1, got total={self.total}; count them")
+        _require_count("DecayShaped", total=self.total)
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
         if n > self.total:
@@ -187,8 +200,7 @@ class Window(Rule):
     size: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and self.size >= 1):
-            raise ValueError(f"Window needs a whole number of models >= 1, got size={self.size}; 5 is a usual value")
+        _require_count("Window", size=self.size)
 
     @property
     def num_slots(self) -> int:
@@ -200,6 +212,20 @@ class Window(Rule):
     def coefficients(self, num_models: int, elapsed: Elapsed = None) -> list[float]:
         used = min(num_models, self.size)
         return [0.0] * (num_models - used) + [1 / used] * used
+
+
+def _require_number(rule: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{rule} needs a number, got {name}={value!r}; pass a float")
+
+
+def _require_count(rule: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{rule} needs a whole number of models, got {name}={value!r}; pass an int")
+        if value < 1:
+            raise ValueError(f"{rule} needs at least one model, got {name}={value}; pass how many it averages")
 
 
 def _in_unit(elapsed: Elapsed, unit: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from operator import index
 from typing import NamedTuple
@@ -19,6 +19,7 @@ class Time:
 
     value: Fraction
     unit: str
+    text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str, name: str) -> Time:
@@ -30,13 +31,13 @@ class Time:
             raise ValueError(
                 f"{name} needs a number and a unit of {', '.join(UNITS)}, dur, got {name}={text!r}; write '0.7dur'"
             )
-        time = cls(Fraction(match[1]), match[2])
+        time = cls(Fraction(match[1]), match[2], match[0])
         if time.unit == "dur" and time.value > 1:
             raise ValueError(f"{name} needs a fraction in [0, 1] before 'dur', got {name}={text!r}; write '0.7dur'")
         return time
 
     def __str__(self) -> str:
-        return f"{float(self.value):g}{self.unit}"
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class Schedule:
         interval: str,
         max_duration: str | None = None,
         steps_per_epoch: int | None = None,
+        rule_unit: str | None = None,
     ) -> None:
         self.max_duration = None if max_duration is None else Time.parse(max_duration, "max_duration")
         self.start = Time.parse(start, "swa_start")
         self.end = None if end is None else Time.parse(end, "swa_end")
         self.interval = Time.parse(interval, "update_interval")
         self.steps_per_epoch = steps_per_epoch
+        self.rule_unit = rule_unit
         self._check_arguments()
         self.now = Progress()
         self.first_update: Progress | None = None
@@ -110,8 +113,10 @@ class Schedule:
 
     @property
     def units(self) -> set[str]:
-        """The units that the schedule reads, "dur" resolved into that of `max_duration`."""
+        """The units that the schedule and the rule read, "dur" resolved into that of `max_duration`."""
         units = {time.unit for time in (self.start, self.end, self.interval) if time is not None}
+        if self.rule_unit is not None:
+            units.add(self.rule_unit)
         if "dur" in units and self.max_duration is not None:
             units = units - {"dur"} | {self.max_duration.unit}
         return units
@@ -169,7 +174,7 @@ class Schedule:
                 f"step needs {name} for a schedule in {unit!r}, got {name}=None; pass their sum over all ranks"
             )
         try:
-            count = index(value or 0)
+            count = index(0 if value is None else value)
         except TypeError:
             raise TypeError(f"step needs whole {name}, got {name}={value!r}; pass their sum over all ranks") from None
         if count < 0:
@@ -179,7 +184,9 @@ class Schedule:
     def _check_arguments(self) -> None:
         limit, spe = self.max_duration, self.steps_per_epoch
         if limit is not None and (limit.unit == "dur" or limit.value == 0):
-            raise ValueError(f"max_duration needs a length above 0 in ep, ba, sp or tok, got max_duration={limit}")
+            raise ValueError(
+                f"max_duration needs a length above 0 in ep, ba, sp or tok, got max_duration={limit}; write '90ep'"
+            )
         if limit is None and "dur" in self.units:
             raise ValueError(
                 "a schedule in 'dur' needs max_duration, got max_duration=None; pass the length of the run, as '90ep'"

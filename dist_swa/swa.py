@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_swa.average import ShardedAverage
+from dist_swa.average import ShardedAverage, check_format
 from dist_swa.batch_norm import has_batch_norm, recalibrate_batch_norm
 from dist_swa.lr import check_phase, get_lrs, phase_lr, set_lrs
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 class SWA:
@@ -70,6 +70,7 @@ class SWA:
             interval=update_interval,
             max_duration=max_duration,
             steps_per_epoch=steps_per_epoch,
+            rule_unit=getattr(rule, "unit", None),
         )
         check_phase(swa_lr, anneal_strategy, anneal_steps)
         if swa_lr is not None and not schedule_swa_lr:
@@ -158,7 +159,7 @@ class SWA:
         Raises RuntimeError inside `swapped_in`.
         """
         return {
-            "format_version": torch.tensor(FORMAT_VERSION),
+            "format_version": torch.tensor(_FORMAT_VERSION),
             "average": self.average.state_dict(),
             "schedule": {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()},
             **({} if self._optimizer is None else {"start_lrs": torch.tensor(self._start_lrs, dtype=torch.float64)}),
@@ -170,16 +171,7 @@ class SWA:
         Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
         """
         self._check_not_swapped_in("load_state_dict")
-        missing = set(self.state_dict()) - set(state_dict)
-        if missing:
-            raise ValueError(
-                f"load_state_dict needs what state_dict returns, got missing={sorted(missing)}; pass all of it"
-            )
-        version = int(state_dict["format_version"])
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
-            )
+        check_format(state_dict, like=self.state_dict())
         start_lrs = state_dict["start_lrs"].tolist() if self._optimizer is not None else []
         if len(start_lrs) != len(self._start_lrs):
             raise ValueError(

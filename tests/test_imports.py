@@ -1,0 +1,92 @@
+"""A file imports only files above it, the core no trainer framework, and torch's private members stay in one file."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import dist_swa
+
+ROOT = Path(dist_swa.__file__).parent
+# A file imports only files that stand above it; `integrations` stands for all the files of that folder.
+ORDER = [
+    *("rules", "schedule", "foreach", "agreement", "shards", "average", "batch_norm", "lr", "swa"),
+    *("checkpoint.storage", "checkpoint.folder", "checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
+    *("__init__", "__main__", "integrations"),
+]
+FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+NODES = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in FILES.items()}
+
+
+def place(file: str) -> int:
+    file = "integrations" if file.startswith("integrations.") else file
+    assert file in ORDER, f"dist_swa/{file} has no place in ORDER; give it one"
+    return ORDER.index(file)
+
+
+def imports(file: str) -> list[str]:
+    """The full names of what a file imports, wherever in it."""
+    package = f"dist_swa.{file}".rpartition(".")[0]
+    names = [alias.name for node in NODES[file] if isinstance(node, ast.Import) for alias in node.names]
+    for node in NODES[file]:
+        if isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def file_of(name: str) -> str:
+    """The file that has the member `name` of this package, or is it."""
+    file = name.removeprefix("dist_swa").removeprefix(".")
+    while file not in FILES and f"{file}.__init__".removeprefix(".") not in FILES:
+        file = file.rpartition(".")[0]
+    return file if file in FILES else f"{file}.__init__".removeprefix(".")
+
+
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_a_file_imports_only_files_above_it(file: str) -> None:
+    mine = place(file)
+    own = [name for name in imports(file) if name.partition(".")[0] == "dist_swa"]
+    assert [name for name in own if place(file_of(name)) >= mine] == []
+
+
+@pytest.mark.parametrize("file", ["rules", "schedule"])
+def test_rules_and_schedule_need_python_only(file: str) -> None:
+    assert {name.partition(".")[0] for name in imports(file)} <= sys.stdlib_module_names
+
+
+def test_import_loads_no_trainer_framework(tmp_path: Path) -> None:
+    """Empty modules of these names are there, so that an import inside a ``try`` shows as well."""
+    for framework in FRAMEWORKS:
+        (tmp_path / f"{framework}.py").touch()
+    code = f"import sys, dist_swa; print([name for name in {FRAMEWORKS} if name in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT.parent)])}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith(("__", "_foreach_")) and name != "_BatchNorm"
+
+
+def own_members() -> set[str]:
+    """Names that this package defines or assigns."""
+    names: set[str] = set()
+    for node in (node for nodes in NODES.values() for node in nodes):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+    return names
+
+
+@pytest.mark.parametrize("file", sorted(FILES.keys() - {"shards"}))
+def test_private_members_of_torch_are_for_shards_only(file: str) -> None:
+    used = {node.attr for node in NODES[file] if isinstance(node, ast.Attribute)} - own_members()
+    used.update(part for name in imports(file) if name.startswith("torch.") for part in name.split("."))
+    assert [name for name in used if is_private(name)] == []
