@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,6 @@ from dist_swa.agreement import agreed_max
 from dist_swa.shards import find_fsdp_modules, has_collective_forward, reshard, unwrap
 
 Forward = Callable[[nn.Module, Any], Any]
-_END = object()
 
 
 def recalibrate_batch_norm(
@@ -54,8 +55,8 @@ def recalibrate_batch_norm(
 
     Costs the forwards, float64 copies of the statistics, one small all-reduce of integers and two of the statistics,
     whatever the number of ranks; a sharded model adds one scalar all-reduce a forward. Raises ValueError where no rank
-    has a batch, or the ranks of a sharded model have different numbers of them; a loader or forward that fails on one
-    rank raises on all. See arXiv:1803.05407, section 3.2, for why an averaged model needs it.
+    has a batch, or the ranks of a sharded model have different numbers of them. A loader or forward that fails on one
+    rank raises on all; but a forward of a sharded model there alone, since the others are inside of it. See arXiv:1803.05407, section 3.2, for why an averaged model needs it.
     """
     module, ddp = unwrap(model)
     layers = _find_layers(module)
@@ -66,7 +67,8 @@ def recalibrate_batch_norm(
     group = process_group if process_group is not None or ddp is None else ddp.process_group
     device = _statistics(next(iter(layers.values())))[0].device
     with torch.no_grad(), _counting(module, layers, device) as moments:
-        _run_forwards(module, batches, forward or _default_forward(device), max_batches, group, device, progress)
+        calls = islice(_forward_calls(module, batches, forward, device), max_batches)
+        _run_forwards(calls, has_collective_forward(module), group, device, progress)
         _merge(list(moments.values()), group, device)
         for name, layer in layers.items():
             _write(layer, moments[name])
@@ -93,6 +95,8 @@ class _Moments:
 
     def add(self, count: int, mean: Tensor, deviations: Tensor) -> None:
         """Merge a batch in, by Chan's formula."""
+        if count == 0:
+            return
         total = self.count + count
         delta = mean - self.mean
         self.mean += delta * (count / total)
@@ -121,6 +125,7 @@ def _counting(
     module: nn.Module, layers: Mapping[str, _BatchNorm], device: torch.device
 ) -> Iterator[dict[str, _Moments]]:
     """Let every layer report the moments of what it is given; on exit all but the statistics is as it was."""
+    reshard(find_fsdp_modules(module))
     modes = [(part, part.training) for part in module.modules()]
     momenta = [(layer, layer.momentum) for layer in layers.values()]
     statistics = {name: [(buffer, buffer.clone()) for buffer in layer.buffers()] for name, layer in layers.items()}
@@ -167,37 +172,36 @@ def _hook(moments: _Moments) -> Callable[..., None]:
 
 
 def _run_forwards(
-    module: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward,
-    max_batches: int | None,
+    calls: Iterator[Callable[[], Any]],
+    together: bool,
     group: dist.ProcessGroup | None,
     device: torch.device,
     progress: bool,
 ) -> None:
-    """Run `forward` on every batch; what ends the pass early is raised on all ranks, and no rank waits for another."""
-    together = has_collective_forward(module)
-    iterator: Iterator[Any] | None = None
+    """Make the calls. What ends them early is raised on all ranks, and no rank waits for another.
+
+    Forwards that are collectives (`together`) are agreed on one by one. An error inside of one cannot be agreed on:
+    the other ranks are inside, too; it is raised at once.
+    """
     error: Exception | None = None
     num_batches = 0
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     with tqdm(desc="recalibrating BatchNorm", unit="batch", disable=not (progress and is_first)) as bar:
         while True:
-            batch: Any = _END
+            call = None
             try:
-                iterator = iter(batches) if iterator is None else iterator
-                if error is None and num_batches != max_batches:
-                    batch = next(iterator, _END)
+                call = next(calls, None) if error is None else None
             except Exception as raised:
                 error = raised
-            has_ended = batch is _END
-            if together or has_ended:
-                _agree_to_go_on(error, has_ended, num_batches, group, device)
-            if has_ended:
+            if together or call is None:
+                _agree_to_go_on(error, call is None, num_batches, group, device)
+            if call is None:
                 return
             try:
-                forward(module, batch)
+                call()
             except Exception as raised:
+                if together:
+                    raise
                 error = raised
             num_batches += 1
             bar.update()
@@ -214,28 +218,32 @@ def _agree_to_go_on(
     if any_failed:
         raise RuntimeError("a pass needs every rank, got an error on another one; see that rank's traceback")
     if any_ended and any_running:
+        mine = num_batches if has_ended else f"{num_batches + 1} or more"
         raise ValueError(
-            "a sharded model needs as many batches on every rank, got"
-            f" num_batches={num_batches if has_ended else f'{num_batches + 1} or more'} here, and another number elsewhere"
-            "; pass max_batches"
+            f"a sharded model needs as many batches on every rank, got num_batches={mine} here and another number"
+            " elsewhere; pass max_batches"
         )
     if most_batches == 0 and has_ended:
         raise ValueError("a pass needs a batch on some rank, got num_batches=0 everywhere; check the loader")
 
 
-def _default_forward(device: torch.device) -> Forward:
-    def forward(module: nn.Module, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return module(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        given = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(given, Tensor):
-            raise TypeError(
-                f"recalibrate_batch_norm needs batches of tensors, tuples, lists or dicts, got"
-                f" batch={type(batch).__name__}; pass forward="
-            )
-        return module(given.to(device))
-
-    return forward
+def _forward_calls(
+    module: nn.Module, batches: Iterable[Any], forward: Forward | None, device: torch.device
+) -> Iterator[Callable[[], Any]]:
+    """Yield the forward of every batch, ready to be called."""
+    for batch in batches:
+        if forward is not None:
+            yield partial(forward, module, batch)
+        elif isinstance(batch, Mapping):
+            yield partial(module, **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        else:
+            given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    "recalibrate_batch_norm needs batches of tensors, tuples, lists or dicts, got"
+                    f" batch={type(batch).__name__}; pass forward="
+                )
+            yield partial(module, given.to(device))
 
 
 def _merge(moments: Sequence[_Moments], group: dist.ProcessGroup | None, device: torch.device) -> None:
