@@ -56,7 +56,8 @@ def recalibrate_batch_norm(
     Costs the forwards, float64 copies of the statistics, one small all-reduce of integers and two of the statistics,
     whatever the number of ranks; a sharded model adds one scalar all-reduce a forward. Raises ValueError where no rank
     has a batch, or the ranks of a sharded model have different numbers of them. A loader or forward that fails on one
-    rank raises on all; but a forward of a sharded model there alone, since the others are inside of it. See arXiv:1803.05407, section 3.2, for why an averaged model needs it.
+    rank raises on all; but a forward of a sharded model there alone, since the others are inside of it. Why an
+    averaged model needs it: arXiv:1803.05407, section 3.2.
     """
     module, ddp = unwrap(model)
     layers = _find_layers(module)
