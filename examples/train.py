@@ -1,0 +1,248 @@
+"""Train a small BatchNorm classifier on scikit-learn's digits, on any number of ranks, and average its weights.
+
+    torchrun --nproc_per_node=8 examples/train.py       # FSDP2; also --wrapper hsdp, --wrapper ddp
+    python examples/train.py                            # a single process, without a launcher
+
+This is an ordinary distributed training script. The comments "dist_swa:" mark all that weight averaging adds to it.
+
+30 % of the labels are wrong, other ones at every presentation, so that the gradients stay noisy. At a constant
+learning rate the last iterate then wanders around the optimum, and the average of the iterates lies closer to it.
+BatchNorm statistics belong to the weights they were measured with, so the average needs its own ("recalibrated").
+Order and noise of the data depend on the seed only: any number of ranks trains on the same global batches.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import set_state_dict as put_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dist_swa import SWA, recalibrate_batch_norm  # dist_swa: the controller, and the BatchNorm pass
+
+Data = tuple[Tensor, Tensor]  # images, labels
+
+NUM_TRAIN, GLOBAL_BATCH, WRONG_LABELS = 900, 32, 0.3
+STEPS_PER_EPOCH = NUM_TRAIN // GLOBAL_BATCH
+ROWS = ("last iterate", "averaged, stale BatchNorm", "averaged, recalibrated")
+
+
+def load_data() -> tuple[Data, Data]:
+    """Return 900 digits to train on and 897 to test on; the split is always the same."""
+    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order].float().view(-1, 1, 8, 8) / 16, labels[order]
+    return (images[:NUM_TRAIN], labels[:NUM_TRAIN]), (images[NUM_TRAIN:], labels[NUM_TRAIN:])
+
+
+def load_batches(train: Data, seed: int, epoch: int, device: torch.device) -> Iterator[Data]:
+    """Yield this rank's slices of the global batches of an epoch."""
+    (images, labels), generator = train, torch.Generator().manual_seed(1000 * seed + epoch)
+    order = torch.randperm(NUM_TRAIN, generator=generator)
+    is_wrong = torch.rand(NUM_TRAIN, generator=generator) < WRONG_LABELS
+    labels = (labels + is_wrong * torch.randint(1, 10, (NUM_TRAIN,), generator=generator)) % 10
+    for batch in order[: STEPS_PER_EPOCH * GLOBAL_BATCH].view(-1, GLOBAL_BATCH):
+        mine = slice_of_rank(batch)
+        yield images[mine].to(device), labels[mine].to(device)
+
+
+def slice_of_rank(tensor: Tensor) -> Tensor:
+    return tensor.tensor_split(dist.get_world_size())[dist.get_rank()]
+
+
+def build_model() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, padding=1, bias=False, stride=2), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+
+
+def wrap(model: nn.Module, wrapper: str, device: torch.device) -> nn.Module:
+    if wrapper == "ddp":
+        return DistributedDataParallel(model)
+    ranks = dist.get_world_size()
+    replicas = 2 if wrapper == "hsdp" and ranks % 2 == 0 else 1
+    mesh = init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh if wrapper == "hsdp" else mesh["shard"])
+    return model
+
+
+def evaluate(model: nn.Module, test: Data, device: torch.device) -> Tensor:
+    """Return accuracy (%) and negative log-likelihood on the test set; each rank runs its slice of it.
+
+    Each rank has BatchNorm statistics of its own; those of the first rank count, and go to all others.
+    """
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    images, labels = (slice_of_rank(part).to(device) for part in test)
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+    model.train()
+    sums = torch.stack([100 * (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")])
+    dist.all_reduce(sums)
+    return sums.cpu() / len(test[1])
+
+
+class Run(NamedTuple):
+    """What a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: Tensor  # how many are done
+    history: Tensor  # for each epoch and each of ROWS: accuracy and NLL; NaN where there was no average yet
+    swa: SWA  # dist_swa: the average and its place in the schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "epoch": self.epoch, "history": self.history}
+        return state | {"swa": self.swa}  # dist_swa: saved and loaded like all else, on any number of ranks
+
+    def save(self, folder: Path) -> None:
+        path = folder / f"step-{int(self.epoch) * STEPS_PER_EPOCH:06}"
+        dcp.save(self.state_dict(), checkpoint_id=path)  # type: ignore[attr-defined]
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the latest complete checkpoint, if there is one: `.metadata` is what a save writes last."""
+        if complete := sorted(folder.glob("step-*/.metadata")):
+            state = self.state_dict()
+            dcp.load(state, checkpoint_id=complete[-1].parent)  # type: ignore[attr-defined]
+            model, optimizer = state["model"], state["optimizer"]
+            put_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    train_data, test_data = load_data()
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    model = wrap(build_model().to(device), args.wrapper, device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    num_steps = args.epochs * STEPS_PER_EPOCH
+    swa = SWA(  # dist_swa: each rank averages its own shard of the weights, after every step from swa_start to the end
+        model,
+        max_duration=f"{num_steps}ba",
+        steps_per_epoch=STEPS_PER_EPOCH,
+        swa_start=args.swa_start,
+        swa_end=None,
+        update_interval="1ba",
+    )
+    history = torch.full((args.epochs, len(ROWS), 2), torch.nan)
+    run = Run(model, optimizer, torch.tensor(0), history, swa)
+    if args.checkpoint_dir:
+        run.resume(args.checkpoint_dir)
+
+    is_first, done = dist.get_rank() == 0, int(run.epoch)
+    bar = tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first)
+    for epoch in range(done, args.epochs):
+        for images, labels in load_batches(train_data, args.seed, epoch, device):
+            # The wrappers average gradients over ranks: scaled so, the result is the mean over the global batch.
+            loss = F.cross_entropy(model(images), labels, reduction="sum") * dist.get_world_size() / GLOBAL_BATCH
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            swa.step()  # dist_swa: counts the step, and updates the average when it is due
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+        history[epoch, 0] = evaluate(model, test_data, device)
+        if swa.started:  # dist_swa: look at the average; training goes on as if nobody had looked
+            with swa.swapped_in():  # dist_swa: inside, the model carries the averaged weights
+                history[epoch, 1] = evaluate(model, test_data, device)
+                # dist_swa: statistics of the averaged weights, over the batches of all ranks
+                recalibrate_batch_norm(model, load_batches(train_data, args.seed, epoch, device))
+                history[epoch, 2] = evaluate(model, test_data, device)
+        run.epoch.add_(1)
+        if args.checkpoint_dir and (epoch + 1) % args.checkpoint_every == 0:
+            run.save(args.checkpoint_dir)
+    bar.close()
+
+    # dist_swa: puts the average into the model, for good, and recalibrates it
+    swa.finalize(load_batches(train_data, args.seed, args.epochs - 1, device))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if is_first:
+        report(args, history, weights)
+
+
+def report(args: argparse.Namespace, history: Tensor, weights: dict[str, Any]) -> None:
+    """Print the table of the last epoch, and write the files that were asked for."""
+    table = {row: {"accuracy": acc, "nll": nll} for row, (acc, nll) in zip(ROWS, history[-1].tolist(), strict=True)}
+    print(f"{'':28}accuracy     NLL")
+    for row, figures in table.items():
+        print(f"{row:28}{figures['accuracy']:6.2f} %{figures['nll']:8.4f}")
+    plot(history[..., 0], args.plot)
+    if args.json:
+        args.json.write_text(json.dumps({"table": table, "history": history.tolist()}, indent=2))
+    if args.save:
+        torch.save(weights, args.save)
+
+
+def plot(accuracy: Tensor, path: Path) -> None:
+    """Draw accuracy over epochs, of the last iterate and of the recalibrated average."""
+    last, _, averaged = accuracy.T.tolist()
+    start = 1 + sum(value != value for value in averaged)
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
+    epochs = range(1, len(last) + 1)
+    axes.plot(epochs, last, color="tab:gray", label=f"last iterate: {last[-1]:.1f} %")
+    axes.plot(epochs, averaged, color="tab:red", linewidth=2.5, label=f"average, recalibrated: {averaged[-1]:.1f} %")
+    axes.axvline(start, color="black", linestyle=":", linewidth=1, label="averaging starts")
+    axes.set_title("Digits, 30 % of the training labels wrong", pad=30)
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(min(last[len(last) // 6 :]) - 1, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, handlelength=1.5, columnspacing=1.5
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def parse_args() -> argparse.Namespace:
+    description = "Train a small BatchNorm classifier on scikit-learn's digits and average its weights."
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--wrapper", choices=("fsdp2", "hsdp", "ddp"), default="fsdp2", help="how the model is distributed")
+    add("--epochs", type=int, default=30, help=f"length of the run, {STEPS_PER_EPOCH} steps each")
+    add("--lr", type=float, default=0.1, help="learning rate of SGD, constant")
+    add("--seed", type=int, default=0, help="of the initial weights, the order of the data and the wrong labels")
+    add("--swa-start", default="0.7dur", metavar="TIME", help='when averaging starts, as "0.7dur", "20ep", "500ba"')
+    add("--checkpoint-dir", type=Path, metavar="DIR", help="save checkpoints here, and resume from the latest one")
+    add("--checkpoint-every", type=int, default=5, metavar="EPOCHS", help="epochs from one checkpoint to the next")
+    add("--plot", type=Path, default=Path("outputs/digits_swa.png"), metavar="PATH", help="picture of the accuracy")
+    add("--json", type=Path, metavar="PATH", help="write the table and its rows for every epoch here")
+    add("--save", type=Path, metavar="PATH", help="write the averaged model here, for build_model().load_state_dict")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    train(args, device)
+    dist.barrier()  # no rank goes while another one still talks to it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
