@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -271,7 +271,7 @@ class ShardedAverage:
         return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
     def _check_header(self, state_dict: Mapping[str, Any]) -> None:
-        check_format(state_dict, like=self.state_dict())
+        check_format(state_dict, _FORMAT_VERSION, ("num_averaged", "num_parameters", "rule", "slots", "buffers"))
         name, encoded = next(iter(state_dict["rule"].items()))
         if name != type(self.rule).__name__:
             raise ValueError(
@@ -296,12 +296,12 @@ class ShardedAverage:
         return [shard.part_of(saved[shard.name]) for shard in shards]
 
 
-def check_format(state_dict: Mapping[str, Any], *, like: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `state_dict` has the keys of `like`, and no newer format."""
-    missing = sorted(set(like) - set(state_dict))
+def check_format(state_dict: Mapping[str, Any], newest: int, keys: Iterable[str]) -> None:
+    """Raise ValueError unless `state_dict` has `keys` and a format that is not newer than `newest`."""
+    missing = sorted({"format_version", *keys} - set(state_dict))
     if missing:
         raise ValueError(f"load_state_dict needs what state_dict returns, got {missing=}; pass all of it")
-    newest, version = int(like["format_version"]), int(state_dict["format_version"])
+    version = int(state_dict["format_version"])
     if version > newest:
         raise ValueError(f"load_state_dict needs format_version <= {newest}, got {version=}; update dist_swa")
 

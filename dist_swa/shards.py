@@ -1,34 +1,38 @@
 """Where are this rank's shards?
 
-The one file that tells FSDP2, HSDP, TP and DDP apart, and the only one that touches torch's private members.
+The one file that tells FSDP1, FSDP2, HSDP, TP and DDP apart, and the only one that touches torch's private members.
 
 [Note: one format]
 An average keeps plain local tensors. How they make up a whole tensor is a `Layout`: a mesh and placements on it. A
 parameter that is a DTensor lends its own layout to its average. A parameter that is replicated over a group of ranks
 (DDP, or a plain module with a `process_group`) has an average that is ``Shard(0)`` over these ranks, so that they
-share the memory and the work. A plain module without a group has no layout: its tensors are whole. With its layout
-and the shape and stride of the whole, a local tensor becomes a DTensor of the whole parameter in a state dict, which
-torch.distributed.checkpoint reshards for any other wrapper and number of ranks.
+share the memory and the work. FSDP1 shards what it has flattened: the average is of the same piece, which is no set
+of rows, and becomes ``Shard(0)`` by communication. A plain module without a group has no layout: its tensors are
+whole. With its layout and the shape and stride of the whole, a local tensor becomes a DTensor of the whole parameter
+in a state dict, which torch.distributed.checkpoint reshards for any other wrapper and number of ranks.
 
 [Note: stale unsharded weights]
-After a forward without a backward FSDP2's root group stays unsharded: ``named_parameters()`` then gives plain
-tensors, and the next forward, training included, computes with them whatever was written into the shards. So every
-reader and writer of shards reshards first, and a swap does so again before it gives the trained weights back.
+After a forward without a backward the root group of FSDP1 and FSDP2 stays unsharded: ``named_parameters()`` then
+gives plain tensors, and the next forward, training included, computes with them whatever was written into the shards.
+So every reader and writer of shards reshards first, and a swap does so again before it gives the trained weights back.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +51,14 @@ class Layout(NamedTuple):
     placements: tuple[Placement, ...]
 
 
+class FlatPiece(NamedTuple):
+    """What a rank holds of a parameter that FSDP1 has flattened."""
+
+    where: slice  # in the rank's shard
+    start: int  # in the parameter
+    is_whole: bool  # on every rank (NO_SHARD)
+
+
 @dataclass(frozen=True)
 class LocalShard:
     """This rank's part of one parameter or buffer of a model. Tied tensors are one shard with several names."""
@@ -58,8 +70,10 @@ class LocalShard:
     shape: torch.Size  # of the whole, as its stride
     stride: tuple[int, ...]
     layout: Layout | None  # of its average; see [Note: one format]
-    rows: slice | None  # of a replicated parameter: those that this rank averages
-    is_persistent: bool
+    rows: slice | None = None  # of a replicated parameter: those that this rank averages
+    piece: FlatPiece | None = None  # under FSDP1
+    is_trainable: bool = False
+    is_persistent: bool = True
 
     @property
     def name(self) -> str:
@@ -68,7 +82,8 @@ class LocalShard:
     @property
     def held(self) -> Tensor:
         """All that this rank holds of it now, as a plain tensor on its own storage."""
-        return _plain(self.owner[self.key])
+        held = _plain(self.owner[self.key])
+        return held if self.piece is None else held[self.piece.where]
 
     @property
     def local(self) -> Tensor:
@@ -82,15 +97,32 @@ class LocalShard:
         return self.layout == other.layout
 
     def whole(self, local: Tensor) -> Tensor:
-        """Return the whole tensor of which `local` is this rank's part: a DTensor on its storage, or itself."""
-        return local if self.layout is None else _as_dtensor(local, self.layout, self.shape, self.stride)
+        """Return the whole tensor of which `local` is this rank's part: a DTensor on its storage, or itself.
+
+        Under FSDP1 a collective of the mesh, and a copy.
+        """
+        if self.layout is None:
+            return local
+        if self.piece is not None:
+            whole = self.gathered(local)
+            local = (
+                whole[_rows(self.shape, self.layout.mesh)].clone() if self.layout.placements[0].is_shard() else whole
+            )
+        return _as_dtensor(local, self.layout, self.shape, self.stride)
 
     def gathered(self, local: Tensor) -> Tensor:
         """Return the whole tensor as a plain one on the mesh's device. A collective of the mesh."""
         if self.layout is None:
             return local
         local = local.to(self.layout.mesh.device_type)
-        return _as_dtensor(local, self.layout, self.shape, self.stride).full_tensor()
+        if self.piece is None:
+            return _as_dtensor(local, self.layout, self.shape, self.stride).full_tensor()
+        if self.piece.is_whole:
+            return local.view(self.shape)
+        whole = local.new_zeros(self.shape.numel())
+        whole[self.piece.start : self.piece.start + local.numel()] = local
+        dist.all_reduce(whole.view(torch.uint8), group=self.layout.mesh.get_group())  # bytes: a sum would lose -0.0
+        return whole.view(self.shape)
 
     def part_of(self, whole: Tensor) -> Tensor:
         """Return this rank's part of `whole`, as `whole` of this layout made it; ValueError for another layout."""
@@ -99,6 +131,8 @@ class LocalShard:
                 f"load_state_dict needs tensors laid out as this average's, got {self.name}={type(whole).__name__} of"
                 " another layout; load the checkpoint with torch.distributed.checkpoint.load, which reshards"
             )
+        if self.piece is not None and isinstance(whole, DTensor):
+            return whole.full_tensor().flatten()[self.piece.start :][: self.held.numel()]
         return _plain(whole)
 
 
@@ -114,25 +148,24 @@ class ModelShards:
         if ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
         group = ddp.process_group if ddp is not None else process_group
-        for name, module in self.module.named_modules():
-            if isinstance(module, FullyShardedDataParallel):
-                raise NotImplementedError(
-                    f"ShardedAverage needs FSDP2 or DDP, got FullyShardedDataParallel (FSDP1) at {name or 'the root'!r}"
-                    "; wrap the model with torch.distributed.fsdp.fully_shard"
-                )
         self._fsdp_modules = find_fsdp_modules(self.module)
         self._replica_mesh = None
         self.reshard()
         parameters = list(self.module.parameters())
         if group is not None:
-            if all(isinstance(parameter, DTensor) for parameter in parameters):
+            if all(isinstance(parameter, DTensor | FlatParameter) for parameter in parameters):
                 raise ValueError(
-                    "process_group needs a model with replicated parameters, got only DTensors; leave process_group out"
+                    "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
             self._replica_mesh = DeviceMesh.from_group(group, parameters[0].device.type)
+        self._flat_meshes = {
+            module: DeviceMesh.from_group(module.process_group, next(module.parameters()).device.type)
+            for module in self._fsdp_modules
+            if isinstance(module, FullyShardedDataParallel) and module._handle and module.process_group
+        }
         parameter_shards = self._find_parameters()
-        self.averaged = [shard for shard in parameter_shards if shard.tensor.requires_grad]
-        self.frozen = [shard for shard in parameter_shards if not shard.tensor.requires_grad]
+        self.averaged = [shard for shard in parameter_shards if shard.is_trainable]
+        self.frozen = [shard for shard in parameter_shards if not shard.is_trainable]
         if not self.averaged:
             raise ValueError(
                 f"ShardedAverage needs a parameter that requires a gradient, got none among"
@@ -144,7 +177,10 @@ class ModelShards:
             names, fingerprints = [shard.name for shard in shards], [_fingerprint(shard) for shard in shards]
             check_replicas(names, fingerprints, self._replica_mesh.get_group(), shards[0].tensor.device)
         meshes = {shard.layout.mesh for shard in self.averaged if shard.layout}
-        self.is_first_rank = not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+        replicas = [getattr(module, "_inter_node_pg", None) for module in self._flat_meshes]  # of HYBRID_SHARD
+        self.is_first_rank = not any(any(mesh.get_coordinate() or ()) for mesh in meshes) and not any(
+            group is not None and dist.get_rank(group) for group in replicas
+        )
         self._pointers = self._current_pointers()
 
     def reshard(self) -> None:
@@ -165,7 +201,7 @@ class ModelShards:
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
                 )
         for shard in self.frozen:
-            if now[shard.name].tensor.requires_grad:
+            if now[shard.name].is_trainable:
                 raise ValueError(
                     "ShardedAverage needs frozen parameters to stay frozen, got requires_grad=True now for"
                     f" parameter={shard.name!r}; build the average once all trained parameters require gradients"
@@ -197,11 +233,20 @@ class ModelShards:
 
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
-        state = self.module.state_dict()
-        return {_clean_name(name): value for name, value in state.items() if name.endswith("_extra_state")}
+        return {
+            _clean_name(f"{name}._extra_state"): module.get_extra_state()
+            for name, module in self.module.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        }
 
     def _find_parameters(self) -> list[LocalShard]:
-        return _find(self.module, "_parameters", self._replica_mesh)
+        prefixes = {module: name for name, module in self.module.named_modules()}
+        flat = [
+            shard for module, mesh in self._flat_meshes.items() for shard in _find_flat(prefixes[module], module, mesh)
+        ]
+        names = {name for shard in flat for name in shard.names}
+        others = _find(self.module, "_parameters", self._replica_mesh)
+        return [*flat, *(shard for shard in others if shard.name not in names and shard.key != "_flat_param")]
 
     def _current_pointers(self) -> list[tuple[int, int, bool]]:
         held = [shard.owner.get(shard.key) for shard in chain(self.averaged, self.frozen)]
@@ -233,14 +278,17 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
             return model, ddp
 
 
-def find_fsdp_modules(module: nn.Module) -> list[FSDPModule]:
-    """Return the modules that fully_shard was called on."""
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+def find_fsdp_modules(module: nn.Module) -> list[FSDPModule | FullyShardedDataParallel]:
+    """Return the modules that were wrapped in FSDP1, and those that fully_shard was called on."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule | FullyShardedDataParallel)]
 
 
-def reshard(fsdp_modules: Sequence[FSDPModule]) -> None:
+def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel]) -> None:
     """Free unsharded parameters, so that the shards are what counts. See [Note: stale unsharded weights]."""
     for module in fsdp_modules:
+        if isinstance(module, FullyShardedDataParallel):
+            _reshard_flat(module)
+            continue
         state = module._get_fsdp_state()
         if state._is_root and state._training_state.name == "FORWARD":  # a forward raised; it would not reshard
             if not hasattr(module, "reset_iter_state"):
@@ -250,7 +298,20 @@ def reshard(fsdp_modules: Sequence[FSDPModule]) -> None:
                 )
             module.reset_iter_state()
     for module in fsdp_modules:
-        module.reshard()
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _reshard_flat(module: FullyShardedDataParallel) -> None:
+    handle = module._handle
+    if handle is None or module._is_root is None:  # nothing to shard, or no forward yet
+        return
+    if module.training_state == TrainingState.FORWARD_BACKWARD:  # a forward raised
+        module.training_state, handle._training_state = TrainingState.IDLE, HandleTrainingState.IDLE
+    if handle.uses_sharded_strategy:
+        _reshard(module, handle, True)
+    elif handle._use_orig_params:
+        handle._use_sharded_views()
 
 
 def has_collective_forward(module: nn.Module) -> bool:
@@ -274,8 +335,31 @@ def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) 
     shards = []
     for owner, key, tensor, names, is_persistent in found.values():
         layout, rows = _layout(names[0], tensor, replica_mesh)
-        shape, stride = tensor.shape, tensor.stride()
-        shards.append(LocalShard(tuple(names), owner, key, tensor, shape, stride, layout, rows, is_persistent))
+        shard = LocalShard(tuple(names), owner, key, tensor, tensor.shape, tensor.stride(), layout, rows)
+        shards.append(replace(shard, is_trainable=tensor.requires_grad, is_persistent=is_persistent))
+    return shards
+
+
+def _find_flat(prefix: str, module: FullyShardedDataParallel, mesh: DeviceMesh) -> list[LocalShard]:
+    """Return the pieces of the parameters that one FSDP1 module has flattened."""
+    handle = cast(FlatParamHandle, module._handle)
+    flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
+    tied: dict[str, list[str]] = {}
+    for shared in flat._shared_param_infos:
+        name = _clean_name(f"{shared.prim_module_name}.{shared.prim_param_name}")
+        tied.setdefault(name, []).append(f"{shared.module_name}.{shared.param_name}")
+    shards = []
+    for i, (name, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True)):
+        names = tuple(_clean_name(f"{prefix}.{name}") for name in (name, *tied.get(_clean_name(name), ())))
+        offset = info.offset_in_shard or 0
+        piece = FlatPiece(
+            slice(offset, offset + (info.numel_in_shard or 0)), info.intra_param_start_idx or 0, not is_sharded
+        )
+        placement = Shard(0) if is_sharded and len(shape) else Replicate()
+        stride = torch.empty(shape, device="meta").stride()
+        is_trainable = flat.requires_grad if flat._params is None else flat._params[i].requires_grad
+        shard = LocalShard(names, vars(handle), "flat_param", flat, shape, stride, Layout(mesh, (placement,)))
+        shards.append(replace(shard, piece=piece, is_trainable=is_trainable))
     return shards
 
 
@@ -291,11 +375,14 @@ def _layout(name: str, tensor: Tensor, replica_mesh: DeviceMesh | None) -> tuple
         return None, None
     if tensor.ndim == 0:
         return Layout(replica_mesh, (Replicate(),)), None
-    num_rows = tensor.shape[0]
-    chunk = -(-num_rows // replica_mesh.size())  # as torch.chunk and Shard(0) split
-    start = min(chunk * replica_mesh.get_local_rank(), num_rows)
-    rows = slice(start, min(start + chunk, num_rows))
-    return Layout(replica_mesh, (Shard(0),)), rows
+    return Layout(replica_mesh, (Shard(0),)), _rows(tensor.shape, replica_mesh)
+
+
+def _rows(shape: torch.Size, mesh: DeviceMesh) -> slice:
+    """Return the rows that are this rank's where Shard(0) and torch.chunk split."""
+    chunk = -(-shape[0] // mesh.size())
+    start = min(chunk * mesh.get_local_rank(), shape[0])
+    return slice(start, min(start + chunk, shape[0]))
 
 
 def _as_dtensor(local: Tensor, layout: Layout, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
@@ -317,5 +404,5 @@ def _fingerprint(shard: LocalShard) -> int:
     held = shard.held
     held = torch.view_as_real(held) if held.is_complex() else held
     bits = held.view(_INT_OF_SIZE[held.element_size()]).sum(dtype=torch.int64).item()
-    text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {shard.tensor.requires_grad} {bits}"
+    text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {shard.is_trainable} {bits}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

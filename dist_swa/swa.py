@@ -171,7 +171,8 @@ class SWA:
         Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
         """
         self._check_not_swapped_in("load_state_dict")
-        check_format(state_dict, like=self.state_dict())
+        keys = ["average", "schedule", *(["start_lrs"] if self._optimizer is not None else [])]
+        check_format(state_dict, _FORMAT_VERSION, keys)
         start_lrs = state_dict["start_lrs"].tolist() if self._optimizer is not None else []
         if len(start_lrs) != len(self._start_lrs):
             raise ValueError(

@@ -1,17 +1,25 @@
 """Models whose shapes hurt, the wrappers that people put around them, and trajectories to average."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-WRAPPERS = ("plain", "group", "ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp")
+FSDP1_STRATEGIES = {
+    "fsdp1": ShardingStrategy.FULL_SHARD,
+    "fsdp1 flat": ShardingStrategy.FULL_SHARD,  # without use_orig_params
+    "fsdp1 grad": ShardingStrategy.SHARD_GRAD_OP,
+    "fsdp1 hybrid": ShardingStrategy.HYBRID_SHARD,
+    "fsdp1 whole": ShardingStrategy.NO_SHARD,
+}
+WRAPPERS = ("plain", "group", "ddp", "fsdp1", "fsdp1 flat", "fsdp2", "hsdp", "tp", "fsdp2+tp")
 
 
 class Net(nn.Module):
@@ -53,6 +61,16 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
         return DistributedDataParallel(model)
     if wrapper in ("plain", "group"):
         return model
+    if wrapper.startswith("fsdp1"):
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        options: dict[str, Any] = {"use_orig_params": wrapper != "fsdp1 flat", "device_id": torch.device("cpu")}
+        options["sharding_strategy"] = FSDP1_STRATEGIES[wrapper]
+        if wrapper == "fsdp1 hybrid":
+            options["device_mesh"] = init_device_mesh("cpu", (max(ranks // 2, 1), min(ranks, 2)))
+        options["ignored_states"] = frozen if wrapper == "fsdp1 flat" else []
+        if isinstance(model, Net):
+            model.up = FullyShardedDataParallel(model.up, **options)  # type: ignore[assignment]
+        return FullyShardedDataParallel(model, **options)
     # Two in the inner axis where that divides the ranks: 4 -> (2, 2), 2 -> (1, 2), 3 -> (3, 1).
     inner = 2 if ranks % 2 == 0 else 1
     mesh = init_device_mesh("cpu", (ranks // inner, inner), mesh_dim_names=("outer", "inner"))
@@ -68,6 +86,12 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
             fully_shard(model.up)
         fully_shard(model)
     return model
+
+
+def every_wrapper() -> list[str]:
+    """Return `WRAPPERS` and FSDP1's other strategies, as far as this number of ranks takes them."""
+    others = [name for name in FSDP1_STRATEGIES if name not in WRAPPERS]
+    return [*WRAPPERS, *(name for name in others if name != "fsdp1 hybrid" or dist.get_world_size() % 2 == 0)]
 
 
 def group_of(wrapper: str) -> dist.ProcessGroup | None:
@@ -100,6 +124,12 @@ def trajectory(num_models: int, model: nn.Module, seed: int = 1) -> list[dict[st
 def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put whole values into the shards of a wrapped model; no library code, and no collective."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            for name, parameter in model.named_parameters():
+                if (plain := name.replace("_fsdp_wrapped_module.", "")) in values:
+                    parameter.copy_(values[plain])
+        return
     for name, parameter in module.named_parameters():
         if name in values and isinstance(parameter, DTensor):
             parameter.to_local().copy_(_shard(values[name], parameter))

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dist_swa import EMA, ShardedAverage, recalibrate_batch_norm
-from models import WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
+from models import FSDP1_STRATEGIES, WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
 from ranks import on_ranks, run_on_ranks
 
 DATA = torch.randn(12, 4, generator=torch.Generator().manual_seed(5))
@@ -133,7 +133,7 @@ def differences(wrapper: str) -> list[str]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *sorted(set(FSDP1_STRATEGIES) - set(WRAPPERS))])
 def test_looking_never_changes_the_run(wrapper: str, num_ranks: int) -> None:
     if (wrapper, num_ranks) == ("tp", 4):
         num_ranks = 3  # DTensor's own forward does not split 6 features in 4
