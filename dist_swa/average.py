@@ -54,26 +54,22 @@ class ShardedAverage:
             raise TypeError(f"ShardedAverage needs a rule, got rule={rule!r}; pass Equal(), EMA(decay=0.999), ...")
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
-        if not dtype.is_floating_point:
+        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
+        if device is not None and torch.device(device).type == "meta":
+            raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
         if buffers != "copy":
             raise ValueError(f"ShardedAverage needs buffers='copy', got buffers={buffers!r}; leave it out")
         self.rule = rule
         self.num_averaged = 0
         self.is_swapped_in = False
         self._shards = ModelShards(model, process_group)
-        self._slots = [
-            [
-                torch.zeros_like(
-                    shard.local,
-                    dtype=dtype.to_complex() if shard.tensor.is_complex() else dtype,
-                    device=device,
-                )
-                for shard in self._shards.averaged
+        with torch.inference_mode(False):
+            self._slots = [
+                [_zeros_like(shard.local, dtype, device) for shard in self._shards.averaged]
+                for _ in range(rule.num_slots)
             ]
-            for _ in range(rule.num_slots)
-        ]
-        self._buffers = {shard.name: shard.held.clone() for shard in self._shards.buffers}
+        self._renew_buffers()
         self._plan_updates()
 
     @torch.no_grad()
@@ -84,13 +80,16 @@ class ShardedAverage:
         mapping such as ``{"ba": 1, "tok": 4096}``. Raises RuntimeError inside `swapped_in`, and ValueError where the
         model has other parameters than the average.
         """
-        self._require(swapped_in=False, action="update")
+        self.require("update", outside_of_a_swap=True)
         weight = self.rule.weight(self.num_averaged + 1, elapsed)
         if not self._shards.is_current():
             self._shards.follow()
             self._plan_updates()
         lerp(self._updates[self.num_averaged % self.rule.num_slots], weight)
-        self._copy_buffers()
+        if len(self._shared_buffers()) == len(self._shards.buffers) == len(self._buffers):
+            self._take_buffers()
+        else:
+            self._renew_buffers()
         self.num_averaged += 1
 
     @contextmanager
@@ -99,16 +98,19 @@ class ShardedAverage:
 
         Entering is a collective under DDP; leaving is local, also on an error. What is written into buffers inside
         (a recalibration) stays with the average. torch's random state, of the CPU and the model's device, is given
-        back as well. Memory: a copy of the trained weights that this rank holds. Raises RuntimeError before the
-        first update and inside another ``swapped_in``.
+        back as well. Memory: a copy of the trained weights that this rank holds, and of the buffers. Raises
+        RuntimeError before the first update and inside another ``swapped_in``, ValueError where the model has other
+        parameters than the average.
         """
-        self._require(swapped_in=False, updated=True, action="swapped_in")
-        self._check_model()
+        self.require("swapped_in", outside_of_a_swap=True, updated=True)
+        with self._shards.all_agree():
+            self._shards.follow()
         with torch.no_grad():
             trained = [shard.held.clone() for shard in self._shards.averaged]
-            trained_buffers = [(shard, shard.owner[shard.key], shard.held.clone()) for shard in self._shards.buffers]
+            trained_buffers = [shard.held.clone() for shard in self._shards.buffers]
+        owners = [(part._buffers, dict(part._buffers)) for part in self._shards.module.modules()]
         try:
-            with self._kept_random_state():
+            with self._kept_random_state(), self._shards.kept_ddp_state():
                 self.is_swapped_in = True
                 self._write()
                 yield
@@ -119,19 +121,22 @@ class ShardedAverage:
             with torch.no_grad():
                 for shard, weights in zip(self._shards.averaged, trained, strict=True):
                     shard.held.copy_(weights)
-                for shard, buffer, values in trained_buffers:
-                    if shard.held.shape == values.shape:
-                        self._buffers[shard.name].copy_(shard.held)
-                    shard.owner[shard.key] = buffer  # a forward may have put another tensor there
-                    shard.held.copy_(values)
+                self._take_buffers()
+                for buffers, before in owners:  # a forward may have put other tensors there
+                    buffers.clear()
+                    buffers.update(before)
+                for shard, values in zip(self._shards.buffers, trained_buffers, strict=True):
+                    _write(shard.held, values)
 
     def transfer(self) -> None:
         """Put the averaged weights and buffers into the model, for good. A collective under DDP.
 
-        Raises RuntimeError before the first update and inside `swapped_in`.
+        Raises RuntimeError before the first update and inside `swapped_in`, ValueError where the model has other
+        parameters than the average.
         """
-        self._require(swapped_in=False, updated=True, action="transfer")
-        self._check_model()
+        self.require("transfer", outside_of_a_swap=True, updated=True)
+        with self._shards.all_agree():
+            self._shards.follow()
         self._write()
 
     @torch.no_grad()
@@ -143,17 +148,17 @@ class ShardedAverage:
         dtype under all their names, frozen ones and persistent buffers in their own. Memory: one whole parameter
         at a time on every rank, the whole model on the first. Raises RuntimeError before the first update.
         """
-        self._require(updated=True, action="full_state_dict")
+        self.require("full_state_dict", updated=True)
         shards, is_first = self._shards, self._shards.is_first_rank
         shards.follow()
-        buffers = self._current_buffers()
+        buffers = {s.name: s.held for s in shards.buffers} if self.is_swapped_in else self._buffers
         full: dict[str, Any] = {}
         for shard, local in chain(
             zip(shards.averaged, self._averages(), strict=True),
             ((shard, shard.local) for shard in shards.frozen),
-            ((shard, buffers[shard.name]) for shard in shards.buffers if shard.is_persistent),
+            ((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
         ):
-            whole = shard.gathered(local)
+            whole = shard.held if shard in shards.frozen and shard.rows is not None else shard.gathered(local)
             if is_first:
                 copy = whole.to("cpu", copy=True)
                 full |= dict.fromkeys(shard.names, copy)
@@ -162,11 +167,13 @@ class ShardedAverage:
     def state_dict(self) -> dict[str, Any]:
         """Return the average for torch.distributed.checkpoint: tensors on its own storage. Local, no copy.
 
+        (Under FSDP1 a copy, and one all-reduce for each parameter, here and in `load_state_dict`.)
+
         Keys: format_version, num_averaged, num_parameters, rule.<class>, slots.<i>.<parameter>, buffers.<buffer>;
         a parameter is a DTensor of its whole shape. Call it on every rank, or let dcp.save and dcp.load do so.
         Raises RuntimeError inside `swapped_in`, where the model's own state dict would be the average as well.
         """
-        self._require(swapped_in=False, action="state_dict")
+        self.require("state_dict", outside_of_a_swap=True)
         self._shards.follow()
         return {
             "format_version": torch.tensor(_FORMAT_VERSION),
@@ -182,7 +189,7 @@ class ShardedAverage:
             "buffers": {
                 shard.name: self._shards.written_once(shard, self._buffers[shard.name])
                 for shard in self._shards.buffers
-                if shard.is_persistent
+                if shard.is_persistent and shard.name in self._buffers
             },
         }
 
@@ -190,16 +197,16 @@ class ShardedAverage:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, here or in another run through torch.distributed.checkpoint.
 
-        Local; every rank calls it. The rule stays the constructor's: another class raises ValueError, other
-        parameters of the same class give one warning. ValueError, too, for other parameters of the model, which
-        names the first that differs, and for a newer format; RuntimeError inside `swapped_in`. Nothing has changed
-        then.
+        Local (but see `state_dict`); every rank calls it. The rule stays the constructor's: another class, and another
+        size of a `Window`, raise ValueError, other parameters of the same class give one warning. ValueError, too,
+        for other parameters of the model, which names the first that differs, and for a newer format; RuntimeError
+        inside `swapped_in`. Nothing has changed then.
         """
-        self._require(swapped_in=False, action="load_state_dict")
+        self.require("load_state_dict", outside_of_a_swap=True)
         self._shards.follow()
         self._check_header(state_dict)
         parts = [self._parts(state_dict["slots"][str(i)], self._shards.averaged) for i in range(self.rule.num_slots)]
-        persistent = [shard for shard in self._shards.buffers if shard.is_persistent]
+        persistent = [s for s in self._shards.buffers if s.is_persistent and s.name in self._buffers]
         buffers = self._parts(state_dict["buffers"], persistent)
         num_parameters = int(state_dict["num_parameters"])
         if num_parameters != len(self._shards.averaged):  # torch.distributed.checkpoint leaves out what it is not asked
@@ -213,8 +220,9 @@ class ShardedAverage:
             self._buffers[shard.name].copy_(value)
         self.num_averaged = int(state_dict["num_averaged"])
 
-    def _require(self, *, action: str, swapped_in: bool = True, updated: bool = False) -> None:
-        if not swapped_in and self.is_swapped_in:
+    def require(self, action: str, *, outside_of_a_swap: bool = False, updated: bool = False) -> None:
+        """Raise RuntimeError where `action` was called in a wrong order."""
+        if outside_of_a_swap and self.is_swapped_in:
             raise RuntimeError(
                 f"{action} needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
             )
@@ -236,35 +244,31 @@ class ShardedAverage:
         torch._foreach_div_(total, len(used))
         return total
 
-    def _check_model(self) -> None:
-        self._shards.follow()
-        for shard in self._shards.buffers:
-            mine = self._buffers.get(shard.name)
-            if mine is None or shard.held.shape != mine.shape:
-                raise ValueError(
-                    f"a swap needs buffers as they were at the last update, got {shard.name}={tuple(shard.held.shape)}"
-                    "; call update after the change"
-                )
-
     @torch.no_grad()
     def _write(self) -> None:
         torch.clear_autocast_cache()  # it may hold casts of the trained weights
-        for shard in self._shards.buffers:
-            shard.held.copy_(self._buffers[shard.name])
+        for shard in self._shared_buffers():
+            _write(shard.held, self._buffers[shard.name])
         self._shards.write(self._averages())
 
-    def _current_buffers(self) -> dict[str, Tensor]:
-        if self.is_swapped_in:
-            return {shard.name: shard.held for shard in self._shards.buffers}
-        return self._buffers
+    def _shared_buffers(self) -> list[LocalShard]:
+        """Return the buffers that model and average both have; others (caches that grew) stay with their side."""
+        return [
+            shard
+            for shard in self._shards.buffers
+            if shard.name in self._buffers
+            and shard.owner.get(shard.key) is not None
+            and shard.held.shape == self._buffers[shard.name].shape
+        ]
 
-    def _copy_buffers(self) -> None:
-        for shard in self._shards.buffers:
-            current = shard.held
-            mine = self._buffers.get(shard.name)
-            if mine is None or mine.shape != current.shape:
-                mine = self._buffers[shard.name] = torch.empty_like(current)
-            mine.copy_(current)
+    def _take_buffers(self) -> None:
+        for shard in self._shared_buffers():
+            self._buffers[shard.name].copy_(shard.held)
+
+    def _renew_buffers(self) -> None:
+        """Let the average have the buffers that the model has."""
+        with torch.inference_mode(False):
+            self._buffers = {shard.name: shard.held.clone() for shard in self._shards.buffers}
 
     def _kept_random_state(self) -> Any:
         device = self._shards.averaged[0].held.device
@@ -279,6 +283,11 @@ class ShardedAverage:
                 " average with the rule of the checkpoint"
             )
         saved = bytes(encoded.tolist()).rstrip(b"\0").decode()
+        if saved != repr(self.rule) and self.rule.num_slots > 1:
+            raise ValueError(
+                f"load_state_dict needs as many slots as the checkpoint has, got {self.rule!r} for {saved}; build the"
+                " average with the rule of the checkpoint"
+            )
         if saved != repr(self.rule):
             warnings.warn(f"the checkpoint was averaged with {saved}; going on with {self.rule!r}", stacklevel=3)
 
@@ -294,6 +303,15 @@ class ShardedAverage:
                     " model that it was averaged from"
                 )
         return [shard.part_of(saved[shard.name]) for shard in shards]
+
+
+def _zeros_like(shard: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return torch.zeros_like(shard, dtype=dtype.to_complex() if shard.is_complex() else dtype, device=device)
+
+
+def _write(target: Tensor, values: Tensor) -> None:
+    if not torch.equal(target, values):  # an expanded buffer cannot be written, and need not
+        target.copy_(values)
 
 
 def check_format(state_dict: Mapping[str, Any], newest: int, keys: Iterable[str]) -> None:

@@ -63,6 +63,10 @@ def recalibrate_batch_norm(
     layers = _find_layers(module)
     if not layers:
         return
+    if max_batches is not None and not isinstance(max_batches, int):
+        raise TypeError(f"max_batches needs a whole number, got max_batches={max_batches!r}; None takes them all")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward needs a function of module and batch, got forward={forward!r}; leave it out")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches needs a whole number >= 1, got max_batches={max_batches}; None takes them all")
     group = process_group if process_group is not None or ddp is None else ddp.process_group
@@ -78,11 +82,6 @@ def recalibrate_batch_norm(
         warnings.warn(
             f"BatchNorm layers that no batch reached keep their statistics: {', '.join(unused)}", stacklevel=2
         )
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether `recalibrate_batch_norm` would change anything in `model`."""
-    return bool(_find_layers(unwrap(model)[0]))
 
 
 @dataclass
@@ -232,6 +231,8 @@ def _forward_calls(
     module: nn.Module, batches: Iterable[Any], forward: Forward | None, device: torch.device
 ) -> Iterator[Callable[[], Any]]:
     """Yield the forward of every batch, ready to be called."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"recalibrate_batch_norm needs batches to iterate over, got {batches=}; pass a loader")
     for batch in batches:
         if forward is not None:
             yield partial(forward, module, batch)

@@ -33,7 +33,8 @@ def plan(averages: Sequence[Tensor], shards: Sequence[Tensor]) -> list[Group]:
             alike.averages.append(average)
             alike.shards.append(shard)
         else:
-            pieces += zip(_split(average), _split(shard), strict=True)
+            is_flat = average.is_contiguous() and shard.is_contiguous()
+            pieces += zip(_split(average, is_flat), _split(shard, is_flat), strict=True)
     numels = [average.numel() for average, _ in pieces]
     area_numel = min(sum(numels), max(_STAGING_NUMEL, *numels, 0))
     areas: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -64,8 +65,10 @@ def lerp(groups: Sequence[Group], weight: float) -> None:
         torch._foreach_lerp_(averages, staging or shards, weight)
 
 
-def _split(tensor: Tensor) -> Iterator[Tensor]:
+def _split(tensor: Tensor, is_flat: bool) -> Iterator[Tensor]:
     num_pieces = -(-tensor.numel() // _STAGING_NUMEL)
     if num_pieces <= 1:
         return iter([tensor])
+    if is_flat:
+        return iter(tensor.view(-1).tensor_split(num_pieces))
     return iter(tensor.tensor_split(num_pieces, dim=max(range(tensor.ndim), key=tensor.size)))

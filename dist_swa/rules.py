@@ -230,7 +230,7 @@ def _require_count(rule: str, **arguments: object) -> None:
 
 def _in_unit(elapsed: Elapsed, unit: str) -> float:
     value = elapsed.get(unit) if isinstance(elapsed, Mapping) else elapsed
-    if value is None or not value >= 0:
+    if not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(
             f"update of a half-life needs the training since the last update in {unit!r}, got elapsed={elapsed}"
             f"; pass update(elapsed={{{unit!r}: ...}})"

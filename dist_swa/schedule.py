@@ -42,7 +42,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done so far, in whole numbers; `epochs` counts the ended ones that were announced."""
+    """What a run has done so far, in whole numbers; `epochs` counts the ended ones."""
 
     batches: int = 0
     samples: int = 0
@@ -90,16 +90,16 @@ class Schedule:
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> Decision:
         """Count one optimizer step and check. `samples`, `tokens`: of this step, summed over all ranks."""
+        batches = self.now.batches + 1
+        is_epoch_end = self.steps_per_epoch is not None and batches % self.steps_per_epoch == 0
         self.now = replace(
             self.now,
-            batches=self.now.batches + 1,
+            batches=batches,
+            epochs=self.now.epochs + is_epoch_end,
             samples=self.now.samples + self._count("sp", samples),
             tokens=self.now.tokens + self._count("tok", tokens),
         )
-        at_check = self.interval.unit != "ep" or (
-            self.steps_per_epoch is not None and self.now.batches % self.steps_per_epoch == 0
-        )
-        return self._check() if at_check else Decision()
+        return self._check() if is_epoch_end or self.interval.unit != "ep" else Decision()
 
     def end_epoch(self) -> Decision:
         """Count one epoch and, where the interval is in epochs, check."""
@@ -191,7 +191,7 @@ class Schedule:
             raise ValueError(
                 "a schedule in 'dur' needs max_duration, got max_duration=None; pass the length of the run, as '90ep'"
             )
-        if spe is not None and not (isinstance(spe, int) and spe >= 1):
+        if spe is not None and not (isinstance(spe, int) and not isinstance(spe, bool) and spe >= 1):
             raise ValueError(f"steps_per_epoch needs a whole number >= 1, got steps_per_epoch={spe}; count the batches")
         if self.interval.value == 0:
             raise ValueError(f"update_interval needs to be above 0, got update_interval={self.interval}; write '1ba'")

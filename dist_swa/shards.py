@@ -20,7 +20,8 @@ So every reader and writer of shards reshards first, and a swap does so again be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -38,7 +39,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from dist_swa.agreement import check_replicas
+from dist_swa.agreement import agreed_max, check_replicas
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -144,44 +145,74 @@ class ModelShards:
     """
 
     def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
-        self.module, ddp = unwrap(model)
-        if ddp is not None and process_group is not None:
+        self.module, self._ddp = unwrap(model)
+        if self._ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
-        group = ddp.process_group if ddp is not None else process_group
+        self._group = process_group if self._ddp is None else self._ddp.process_group
+        if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group needs a group that this rank is in, got process_group={self._group!r}; call this on its"
+                " ranks only"
+            )
         self._fsdp_modules = find_fsdp_modules(self.module)
-        self._replica_mesh = None
+        self._replica_mesh: DeviceMesh | None = None
+        self._flat_meshes: dict[FullyShardedDataParallel, DeviceMesh] = {}
+        with self.all_agree():
+            self._capture()
+        if self._replica_mesh is not None:
+            shards = self._parameters
+            names, fingerprints = [shard.name for shard in shards], [_fingerprint(shard) for shard in shards]
+            check_replicas(names, fingerprints, self._replica_mesh.get_group(), shards[0].tensor.device)
+        self.is_first_rank = _is_first_rank(self._parameters, self._flat_meshes)
+
+    def _capture(self) -> None:
         self.reshard()
         parameters = list(self.module.parameters())
-        if group is not None:
+        if self._group is not None:
             if all(isinstance(parameter, DTensor | FlatParameter) for parameter in parameters):
                 raise ValueError(
                     "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
-            self._replica_mesh = DeviceMesh.from_group(group, parameters[0].device.type)
+            self._replica_mesh = DeviceMesh.from_group(self._group, parameters[0].device.type)
         self._flat_meshes = {
             module: DeviceMesh.from_group(module.process_group, next(module.parameters()).device.type)
             for module in self._fsdp_modules
             if isinstance(module, FullyShardedDataParallel) and module._handle and module.process_group
         }
-        parameter_shards = self._find_parameters()
-        self.averaged = [shard for shard in parameter_shards if shard.is_trainable]
-        self.frozen = [shard for shard in parameter_shards if not shard.is_trainable]
+        shards = self._find_parameters()
+        self.averaged = [shard for shard in shards if shard.is_trainable]
+        self.frozen = [shard for shard in shards if not shard.is_trainable]
         if not self.averaged:
             raise ValueError(
                 f"ShardedAverage needs a parameter that requires a gradient, got none among"
                 f" num_parameters={len(self.frozen)}; set requires_grad first"
             )
         self.buffers = _find(self.module, "_buffers")
-        if self._replica_mesh is not None:
-            shards = [*self.averaged, *self.frozen]
-            names, fingerprints = [shard.name for shard in shards], [_fingerprint(shard) for shard in shards]
-            check_replicas(names, fingerprints, self._replica_mesh.get_group(), shards[0].tensor.device)
-        meshes = {shard.layout.mesh for shard in self.averaged if shard.layout}
-        replicas = [getattr(module, "_inter_node_pg", None) for module in self._flat_meshes]  # of HYBRID_SHARD
-        self.is_first_rank = not any(any(mesh.get_coordinate() or ()) for mesh in meshes) and not any(
-            group is not None and dist.get_rank(group) for group in replicas
-        )
-        self._pointers = self._current_pointers()
+        self._seen = self._look()
+
+    @property
+    def _parameters(self) -> list[LocalShard]:
+        return [*self.averaged, *self.frozen]
+
+    @contextmanager
+    def all_agree(self) -> Iterator[None]:
+        """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if self._group is not None:
+            device = next(self.module.parameters(), torch.empty(0)).device
+            if device.type == "meta":
+                device = torch.device("cpu" if dist.get_backend(self._group) == "gloo" else "cuda")
+            (any_failed,) = agreed_max([error is not None], self._group, device)
+            if any_failed and error is None:
+                raise RuntimeError(
+                    "averaging replicas needs every rank, got an error on another one; see its traceback"
+                )
+        if error is not None:
+            raise error
 
     def reshard(self) -> None:
         reshard(self._fsdp_modules)
@@ -193,7 +224,7 @@ class ModelShards:
         """
         self.reshard()
         now = {shard.name: shard for shard in self._find_parameters()}
-        before = {shard.name: shard for shard in [*self.averaged, *self.frozen]}
+        before = {shard.name: shard for shard in self._parameters}
         for name in [*before, *now]:
             if name not in now or not now[name].is_same_as(before.get(name)):
                 raise ValueError(
@@ -209,12 +240,12 @@ class ModelShards:
         self.averaged = [now[shard.name] for shard in self.averaged]
         self.frozen = [now[shard.name] for shard in self.frozen]
         self.buffers = _find(self.module, "_buffers")
-        self._pointers = self._current_pointers()
+        self._seen = self._look()
 
     def is_current(self) -> bool:
-        """Reshard, and return whether parameters and storage are those seen last. Local, and cheap."""
+        """Reshard, and return whether modules, parameters, storage and buffers are those seen last. Local, cheap."""
         self.reshard()
-        return self._current_pointers() == self._pointers
+        return self._look() == self._seen
 
     def write(self, averages: Sequence[Tensor]) -> None:
         """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
@@ -231,11 +262,21 @@ class ModelShards:
             return local.as_subclass(_Unwritten)
         return shard.whole(local)
 
+    @contextmanager
+    def kept_ddp_state(self) -> Iterator[None]:
+        """Give back what a forward without a backward changes in DDP: whether its next forward broadcasts buffers."""
+        syncs = self._ddp is None or self._ddp.require_forward_param_sync
+        try:
+            yield
+        finally:
+            if self._ddp is not None:
+                self._ddp.require_forward_param_sync = syncs
+
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
         return {
             _clean_name(f"{name}._extra_state"): module.get_extra_state()
-            for name, module in self.module.named_modules()
+            for name, module in self.module.named_modules(remove_duplicate=False)
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
 
@@ -248,9 +289,25 @@ class ModelShards:
         others = _find(self.module, "_parameters", self._replica_mesh)
         return [*flat, *(shard for shard in others if shard.name not in names and shard.key != "_flat_param")]
 
-    def _current_pointers(self) -> list[tuple[int, int, bool]]:
+    def _look(self) -> tuple[list[Any], ...]:
+        """Return what tells whether the model still consists of the same tensors on the same storage."""
         held = [shard.owner.get(shard.key) for shard in chain(self.averaged, self.frozen)]
-        return [(id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in held if t is not None]
+        parameters = [
+            (id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in held if t is not None
+        ]
+        parts = list(self.module.modules())
+        buffers = [key for part in parts for key, buffer in part._buffers.items() if buffer is not None]
+        return parameters, buffers, [id(part) for part in parts]
+
+
+def _is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullyShardedDataParallel]) -> bool:
+    """Whether this rank comes first on every mesh, and in every group of FSDP1's HYBRID_SHARD."""
+    meshes = {shard.layout.mesh for shard in shards if shard.layout}
+    replicas = [getattr(module, "_inter_node_pg", None) for module in flat_modules]
+    return not (
+        any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+        or any(group is not None and dist.get_rank(group) for group in replicas)
+    )
 
 
 class _Unwritten(Tensor):
@@ -403,6 +460,11 @@ def _clean_name(name: str) -> str:
 def _fingerprint(shard: LocalShard) -> int:
     held = shard.held
     held = torch.view_as_real(held) if held.is_complex() else held
-    bits = held.view(_INT_OF_SIZE[held.element_size()]).sum(dtype=torch.int64).item()
+    bits = 0
+    for i, piece in enumerate(
+        held.reshape(-1).view(_INT_OF_SIZE[held.element_size()]).tensor_split(1 + held.numel() // (1 << 20))
+    ):
+        weights = torch.arange(1, len(piece) + 1, device=piece.device)  # so that the order counts
+        bits = bits * 31 + int((piece * weights).sum().item()) + i
     text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {shard.is_trainable} {bits}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dist_swa.average import ShardedAverage, check_format
-from dist_swa.batch_norm import has_batch_norm, recalibrate_batch_norm
-from dist_swa.lr import check_phase, get_lrs, phase_lr, set_lrs
+from dist_swa.batch_norm import recalibrate_batch_norm
+from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
 
@@ -72,6 +72,10 @@ class SWA:
             steps_per_epoch=steps_per_epoch,
             rule_unit=getattr(rule, "unit", None),
         )
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"SWA needs a torch optimizer, got optimizer={optimizer!r}; pass the one that steps the model"
+            )
         check_phase(swa_lr, anneal_strategy, anneal_steps)
         if swa_lr is not None and not schedule_swa_lr:
             raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
@@ -83,7 +87,7 @@ class SWA:
         self._schedules_lr = schedule_swa_lr
         self._swa_lr = swa_lr
         self._anneal = (anneal_strategy, anneal_steps)
-        self._start_lrs = [] if optimizer is None else [float("nan")] * len(optimizer.param_groups)
+        self._start_lrs: list[float] = []
 
     @property
     def started(self) -> bool:
@@ -107,16 +111,16 @@ class SWA:
         missing. Call it on every rank after every real optimizer step, and after any LR scheduler's step. Local, but
         for the step that completes under DDP.
         """
-        self._check_not_swapped_in("step")
-        return self._follow(self.schedule.step(samples=samples, tokens=tokens))
+        self.average.require("step", outside_of_a_swap=True)
+        return self._follow(lambda: self.schedule.step(samples=samples, tokens=tokens))
 
     def end_epoch(self) -> bool:
         """Count one epoch, after its last `step`, where `steps_per_epoch` was not given. True if it updated.
 
         Every rank calls it. Raises RuntimeError where `steps_per_epoch` was given.
         """
-        self._check_not_swapped_in("end_epoch")
-        return self._follow(self.schedule.end_epoch())
+        self.average.require("end_epoch", outside_of_a_swap=True)
+        return self._follow(self.schedule.end_epoch)
 
     def swapped_in(self) -> AbstractContextManager[None]:
         """Let the model carry the average inside the ``with``: `ShardedAverage.swapped_in`."""
@@ -125,10 +129,11 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model, for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them.
-        Every rank calls it: a collective under DDP, and where it recalibrates. With nothing averaged the model stays
-        as it is, with one warning. Raises ValueError for a model with BatchNorm and no `batches`, RuntimeError where
-        the schedule counts epochs in a run that told of none; nothing has changed then.
+        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them,
+        and layers count as frozen only while the model is in training mode. Every rank calls it: a collective under
+        DDP, and where it recalibrates. Memory: as `swapped_in`. With nothing averaged the model stays as it is, with
+        one warning. Raises ValueError for a model with BatchNorm and no `batches`, what `recalibrate_batch_norm`
+        raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
         """
         if self.schedule.is_blind_to_epochs:
             raise RuntimeError(
@@ -142,16 +147,10 @@ class SWA:
                 stacklevel=2,
             )
             return
-        needs_batches = has_batch_norm(self._model)
-        if needs_batches and batches is None:
-            raise ValueError(
-                "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or"
-                " call average.transfer() to keep the statistics of the last update"
-            )
+        with self.swapped_in():  # the statistics are the average's, and nothing has changed if this fails
+            recalibrate_batch_norm(self._model, _no_batches() if batches is None else batches, **options)
         self.average.transfer()
         self.schedule.completed = True
-        if needs_batches and batches is not None:
-            recalibrate_batch_norm(self._model, batches, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average, the position in the schedule and the rates at `swa_start`, all as tensors. Local.
@@ -162,7 +161,11 @@ class SWA:
             "format_version": torch.tensor(_FORMAT_VERSION),
             "average": self.average.state_dict(),
             "schedule": {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()},
-            **({} if self._optimizer is None else {"start_lrs": torch.tensor(self._start_lrs, dtype=torch.float64)}),
+            **(
+                {}
+                if self._optimizer is None
+                else {"start_lrs": torch.tensor(self._known_start_lrs(self._optimizer), dtype=torch.float64)}
+            ),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -170,38 +173,53 @@ class SWA:
 
         Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
         """
-        self._check_not_swapped_in("load_state_dict")
+        self.average.require("load_state_dict", outside_of_a_swap=True)
         keys = ["average", "schedule", *(["start_lrs"] if self._optimizer is not None else [])]
         check_format(state_dict, _FORMAT_VERSION, keys)
-        start_lrs = state_dict["start_lrs"].tolist() if self._optimizer is not None else []
-        if len(start_lrs) != len(self._start_lrs):
-            raise ValueError(
-                f"load_state_dict needs the {len(start_lrs)} param groups of the checkpoint, got"
-                f" num_groups={len(self._start_lrs)}; build the optimizer as it was"
-            )
+        start_lrs: list[float] = []
+        if self._optimizer is not None:
+            start_lrs = state_dict["start_lrs"].tolist()
+            num_groups = len(self._optimizer.param_groups)
+            if len(start_lrs) != num_groups:
+                raise ValueError(
+                    f"load_state_dict needs the {len(start_lrs)} param groups of the checkpoint, got {num_groups=};"
+                    " build the optimizer as it was"
+                )
         self.average.load_state_dict(state_dict["average"])
         self.schedule.load_state_dict({key: value.tolist() for key, value in state_dict["schedule"].items()})
-        self._start_lrs = start_lrs
+        self._start_lrs = start_lrs if self.started else []
 
-    def _check_not_swapped_in(self, action: str) -> None:
-        if self.average.is_swapped_in:
-            raise RuntimeError(
-                f"{action} needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
-            )
-
-    def _follow(self, decision: Decision) -> bool:
-        if decision.update:
-            if self.schedule.first_update == self.schedule.now and self._optimizer is not None:
-                self._start_lrs = get_lrs(self._optimizer)
-            self.average.update(decision.elapsed)
-        if self._schedules_lr and self.started and (decision.complete or not self.completed):
-            self._set_lrs()
+    def _follow(self, check: Callable[[], Decision]) -> bool:
+        """Do what the schedule says after `check`; where that fails, nothing was counted."""
+        position = self.schedule.state_dict()
+        try:
+            if self._optimizer is not None and self._start_lrs:
+                check_groups(self._optimizer, self._start_lrs)
+            decision = check()
+            if decision.update:
+                self.average.update(decision.elapsed)
+        except Exception:
+            self.schedule.load_state_dict(position)
+            raise
+        if self._optimizer is not None and self.started and (decision.complete or not self.completed):
+            self._start_lrs = self._start_lrs or get_lrs(self._optimizer)
+            if self._schedules_lr:
+                strategy, steps = self._anneal
+                fraction = self.num_averaged / steps
+                set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
         if decision.complete:
             self.average.transfer()
         return decision.update
 
-    def _set_lrs(self) -> None:
-        strategy, steps = self._anneal
-        fraction = self.num_averaged / steps
-        if self._optimizer is not None:
-            set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
+    def _known_start_lrs(self, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Return the rates at `swa_start`; before it, as many that are not a number."""
+        return self._start_lrs or [float("nan")] * len(optimizer.param_groups)
+
+
+def _no_batches() -> Iterator[Any]:
+    """Raise when asked for a batch: the pass then tells all ranks."""
+    raise ValueError(
+        "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
+        " average.transfer() to keep the statistics of the last update"
+    )
+    yield

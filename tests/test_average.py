@@ -199,6 +199,31 @@ def test_follows_parameters_that_were_replaced() -> None:
         assert not full or all(torch.allclose(full[name].double(), oracle[name], atol=1e-6) for name in oracle), wrapper
 
 
+def test_follows_a_submodule_that_was_replaced() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    average = ShardedAverage(model, EMA(0.0))
+    average.update()
+    model[0] = nn.Linear(2, 2, bias=False)
+    average.update()
+    assert torch.equal(average.full_state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
+class Remembers(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return torch.tensor(3)
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == 3
+
+
+def test_extra_state_is_there_under_every_name() -> None:
+    part = Remembers(2, 2)
+    model = nn.Sequential(part, part)
+    average = ShardedAverage(model)
+    average.update()
+    model.load_state_dict(average.full_state_dict(), strict=True)
+
+
 @on_ranks(3)
 def test_fsdp2_load_replaces_uneven_shards() -> None:
     model = wrap(build(), "fsdp2")

@@ -121,19 +121,24 @@ class State:
             train(self.model, self.optimizer, 1, first=step)
             self.swa.step()
 
-    def save(self, folder: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint; buffers and random state are each rank's own."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        random_state = {str(dist.get_rank()): torch.get_rng_state()}
-        state = {"model": model, "optimizer": optimizer, "swa": self.swa, "random_state": random_state}
-        save_checkpoint(state, checkpoint_id=folder)
+        own = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        own["random_state"] = torch.get_rng_state()
+        return {"model": model, "optimizer": optimizer, "swa": self.swa, str(dist.get_rank()): own}
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(self.state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        random_state = {str(dist.get_rank()): torch.get_rng_state()}
-        state = {"model": model, "optimizer": optimizer, "swa": self.swa, "random_state": random_state}
+        state = self.state()
         load_checkpoint(state, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        torch.set_rng_state(random_state[str(dist.get_rank())])
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        own = state[str(dist.get_rank())]
+        torch.set_rng_state(own["random_state"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(own[name])
 
     def result(self) -> dict[str, Any]:
         lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -262,6 +267,14 @@ def test_rule_of_a_checkpoint() -> None:
     with pytest.warns(UserWarning, match=r"was averaged with EMA\(decay=0.9.*; going on with EMA\(decay=0.5"):
         other.load_state_dict(saved.state_dict())
     assert (other.num_averaged, other.rule) == (1, EMA(decay=0.5))
+
+
+def test_window_of_another_size_is_refused() -> None:
+    model = build()
+    for saved, loading in ((3, 2), (2, 3)):
+        state = ShardedAverage(model, Window(saved)).state_dict()
+        with pytest.raises(ValueError, match=r"needs as many slots as the checkpoint has, got Window"):
+            ShardedAverage(model, Window(loading)).load_state_dict(state)
 
 
 @on_ranks(2)

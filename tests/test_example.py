@@ -38,7 +38,10 @@ def start(folder: Path, *options: str, ranks: int | None = 2) -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Returns what the example printed, after a clean end."""
-    stdout, stderr = process.communicate(timeout=100)
+    try:
+        stdout, stderr = process.communicate(timeout=100)
+    finally:
+        process.terminate()  # one that hangs; torchrun takes its ranks along
     assert process.returncode == 0, stderr
     assert not re.search("warn|error|traceback|terminate called", stderr, re.IGNORECASE), stderr
     return stdout

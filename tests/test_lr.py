@@ -257,10 +257,14 @@ def test_bad_swa_lr(swa_lr: float) -> None:
         Run(swa_lr=swa_lr)
 
 
-@pytest.mark.parametrize("anneal_steps", [0, -1, 2.5, "3"])
-def test_bad_anneal_steps(anneal_steps: Any) -> None:
-    message = f"anneal_steps needs a whole number >= 1, got anneal_steps={anneal_steps}; 10 is the default"
-    with pytest.raises(ValueError, match=re.escape(message)):
+@pytest.mark.parametrize(
+    ("anneal_steps", "error"),
+    [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("3", TypeError), (True, TypeError)],
+)
+def test_bad_anneal_steps(anneal_steps: Any, error: type[Exception]) -> None:
+    with pytest.raises(
+        error, match=re.escape("anneal_steps needs a whole number") + ".*got anneal_steps=.*; 10 is the"
+    ):
         Run(anneal_steps=anneal_steps)
 
 

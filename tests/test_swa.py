@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_swa import EMA, SWA, Equal, ShardedAverage, recalibrate_batch_norm
+from dist_swa import EMA, SWA, DecayShaped, Equal, ShardedAverage, recalibrate_batch_norm
 from models import build, trajectory, wrap, write
 from ranks import on_ranks
 from reference import closed_form, weighted_sum
@@ -223,9 +223,33 @@ def test_finalize_of_a_batch_norm_model_needs_batches() -> None:
         ({"swa_start": "1.5dur"}, ValueError, r"swa_start needs a fraction in \[0, 1\] before 'dur'"),
         ({"rule": "mean"}, TypeError, "needs a rule, got rule='mean'"),
         ({"swa_lr": 0.1}, ValueError, "swa_lr needs schedule_swa_lr=True, got swa_lr=0.1"),
+        ({"optimizer": "sgd"}, TypeError, "SWA needs a torch optimizer, got optimizer='sgd'; pass the one"),
         ({"schedule_swa_lr": True}, ValueError, "schedule_swa_lr needs an optimizer, got optimizer=None"),
     ],
 )
 def test_arguments_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SWA(linear(), **({"max_duration": "10ba"} | options))
+
+
+def test_a_step_that_fails_was_not_counted() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="2ba", swa_end=None, update_interval="1ba", rule=DecayShaped("linear", 2))
+    run(swa, model, 3)
+    before = swa.schedule.state_dict()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"needs at most total=2 models, got n=3"):
+            swa.step()
+    assert swa.schedule.state_dict() == before
+    assert swa.num_averaged == 2
+
+
+def test_epochs_go_on_where_a_resumed_run_announces_them() -> None:
+    model = linear()
+    saved = SWA(model, swa_start="1ep", swa_end=None, update_interval="1ep", steps_per_epoch=2)
+    run(saved, model, 6)
+    resumed = SWA(model, swa_start="1ep", swa_end=None, update_interval="1ep")
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.schedule.now.epochs == 3
+    assert not resumed.step()
+    assert resumed.end_epoch()

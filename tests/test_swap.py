@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dist_swa import EMA, ShardedAverage, recalibrate_batch_norm
+from dist_swa import EMA, SWA, ShardedAverage, recalibrate_batch_norm
 from models import FSDP1_STRATEGIES, WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
 from ranks import on_ranks, run_on_ranks
 
@@ -253,13 +253,104 @@ def test_calls_in_a_wrong_order() -> None:
     assert average.num_averaged == 1
 
 
-def test_a_buffer_of_another_shape_is_refused_until_an_update() -> None:
-    model = build()
+class Caches(nn.Module):
+    """Buffers that come, grow, go, and cannot be written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.mask: Tensor | None
+        self.table: Tensor | None
+        self.register_buffer("mask", None)
+        self.register_buffer("table", torch.zeros(2))
+        self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("ones", torch.ones(1).expand(3))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_buffers_that_come_grow_and_go(inside: bool) -> None:
+    model = Caches()
     average = ShardedAverage(model)
     average.update()
-    model.cache = nn.Buffer(torch.ones(7), persistent=False)
-    for action in (average.transfer, average.swapped_in().__enter__):
-        with pytest.raises(ValueError, match=r"needs buffers as they were .* got cache=\(7,\); call update"):
-            action()
+    model.steps.fill_(5)  # type: ignore[operator]
+    changes: tuple[tuple[str, Tensor | None], ...] = (
+        ("mask", torch.ones(4)),
+        ("mask", torch.ones(6)),
+        ("table", None),
+        ("mask", None),
+        ("table", torch.zeros(3)),
+    )
+    for name, buffer in changes:
+        if inside:
+            before = dict(model._buffers)
+            with average.swapped_in():
+                assert model.steps == 0
+                setattr(model, name, buffer)
+            assert all(model._buffers[key] is value for key, value in before.items())
+        else:
+            setattr(model, name, buffer)
+            with average.swapped_in():
+                assert model.steps == 0
+        assert model.steps == 5
     average.update()
     average.transfer()
+    full = average.full_state_dict()
+    assert set(full) == set(model.state_dict())
+    model.load_state_dict({name: value.clone() for name, value in full.items() if name != "ones"}, strict=False)
+
+
+def test_finalize_keeps_statistics_with_the_average() -> None:
+    norm = nn.BatchNorm1d(4)
+    swa = SWA(norm, swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    swa.finalize([DATA])
+    assert mean(norm).any()
+    assert torch.equal(swa.average.full_state_dict()["running_mean"], mean(norm))
+
+
+class Failing:
+    def __iter__(self) -> Any:
+        raise Stop
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error"),
+    [([], {}, ValueError), (Failing(), {}, Stop), ([DATA], {"max_batch": 3}, TypeError), (None, {}, ValueError)],
+)
+def test_finalize_that_fails_changes_nothing(batches: Any, options: dict[str, Any], error: type[Exception]) -> None:
+    norm = nn.BatchNorm1d(4)
+    swa = SWA(norm, swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    nn.init.constant_(norm.weight, 3)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with pytest.raises(error):
+        swa.finalize(batches, **options)
+    assert same_bits(dict(norm.state_dict()), before)
+    assert not swa.completed
+    swa.finalize([DATA])
+    assert swa.completed
+
+
+def errors_of_one_rank(case: str) -> str:
+    rank = dist.get_rank()
+    model = wrap(build(), "ddp" if case != "meta" else "group")
+    if case == "meta" and rank == 1:
+        model.to("meta")
+    try:
+        average = ShardedAverage(model, process_group=group_of("group") if case == "meta" else None)
+        if case == "other model" and rank == 1:
+            model.get_submodule("module").register_parameter("extra", nn.Parameter(torch.ones(1)))
+        average.update()
+        if case == "other model":
+            average.transfer()
+        swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+        swa.step()
+        swa.finalize([DATA] if rank == 0 else None)
+    except Exception as error:
+        return type(error).__name__
+    return "none"
+
+
+@pytest.mark.parametrize("case", ["meta", "other model", "no batches"])
+def test_an_error_on_one_rank_raises_on_all(case: str) -> None:
+    assert run_on_ranks(errors_of_one_rank, 2, case, timeout_s=20.0) == ["RuntimeError", "ValueError"]

@@ -14,9 +14,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from dist_swa import EMA, ShardedAverage
 
-GPT2_LAYER = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,)]
+GPT2_LAYER: list[tuple[int, ...]] = [
+    (768,),
+    (768,),
+    (768, 2304),
+    (2304,),
+    (768, 768),
+    (768,),
+    (768,),
+    (768,),
+    (768, 3072),
+    (3072,),
+]
 GPT2_LAYER += [(3072, 768), (768,)]
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "GPT-2 (124 M in 148 tensors)": [(50257, 768), (1024, 768), *GPT2_LAYER * 12, (768,), (768,)],
     "2000 tensors of 64 x 64": [(64, 64)] * 2000,
 }
