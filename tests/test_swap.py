@@ -299,6 +299,18 @@ def test_buffers_that_come_grow_and_go(inside: bool) -> None:
     model.load_state_dict({name: value.clone() for name, value in full.items() if name != "ones"}, strict=False)
 
 
+def test_update_takes_buffers_that_come_and_forgets_those_that_go() -> None:
+    model = Caches()
+    average = ShardedAverage(model)
+    for mask in (None, torch.ones(4), torch.ones(6), None):
+        model.mask = mask
+        average.update()
+        assert set(average.state_dict()["buffers"]) == {"table", "steps", "ones"} | (
+            {"mask"} if mask is not None else set()
+        )
+    assert average.num_averaged == 4
+
+
 def test_finalize_keeps_statistics_with_the_average() -> None:
     norm = nn.BatchNorm1d(4)
     swa = SWA(norm, swa_start="1ba", swa_end=None, update_interval="1ba")
