@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE_NUMEL = 1 << 20  # elements that are weighted at a time
 
 
 def agreed_max(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
@@ -15,6 +21,34 @@ def agreed_max(values: Sequence[int], group: dist.ProcessGroup | None, device: t
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return [int(value) for value in tensor.tolist()]
+
+
+@contextmanager
+def all_agree(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Let an error in the body raise on every rank of `group`. A collective."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if device.type == "meta":  # which may be the error
+        device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+    (any_failed,) = agreed_max([error is not None], group, device)
+    if error is not None:
+        raise error
+    if any_failed:
+        raise RuntimeError("averaging replicas needs every rank, got an error on another one; see its traceback")
+
+
+def fingerprint(values: Tensor, text: str) -> int:
+    """Return a whole number of 56 bits that depends on `text`, the dtype, and every bit of `values` and its place."""
+    bits = torch.view_as_real(values) if values.is_complex() else values
+    bits = bits.reshape(-1).view(_INT_OF_SIZE[bits.element_size()])
+    digest = hashlib.sha256(f"{text} {values.dtype}".encode())
+    for piece in bits.tensor_split(1 + bits.numel() // _PIECE_NUMEL):
+        weights = torch.arange(1, len(piece) + 1, device=piece.device)
+        digest.update(str(int((piece * weights).sum())).encode() + b" ")
+    return int.from_bytes(digest.digest()[:7])
 
 
 def check_replicas(

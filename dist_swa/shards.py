@@ -19,9 +19,8 @@ So every reader and writer of shards reshards first, and a swap does so again be
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -39,10 +38,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from dist_swa.agreement import agreed_max, check_replicas
+from dist_swa.agreement import all_agree, check_replicas, fingerprint
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Layout(NamedTuple):
@@ -161,8 +159,11 @@ class ModelShards:
             self._capture()
         if self._replica_mesh is not None:
             shards = self._parameters
-            names, fingerprints = [shard.name for shard in shards], [_fingerprint(shard) for shard in shards]
-            check_replicas(names, fingerprints, self._replica_mesh.get_group(), shards[0].tensor.device)
+            names = [shard.name for shard in shards]
+            fingerprints = [
+                fingerprint(shard.held, f"{shard.names} {tuple(shard.shape)} {shard.is_trainable}") for shard in shards
+            ]
+            check_replicas(names, fingerprints, self._replica_mesh.get_group(), self._device)
         self.is_first_rank = _is_first_rank(self._parameters, self._flat_meshes)
 
     def _capture(self) -> None:
@@ -173,7 +174,7 @@ class ModelShards:
                 raise ValueError(
                     "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
-            self._replica_mesh = DeviceMesh.from_group(self._group, parameters[0].device.type)
+            self._replica_mesh = DeviceMesh.from_group(self._group, self._device.type)
         self._flat_meshes = {
             module: DeviceMesh.from_group(module.process_group, next(module.parameters()).device.type)
             for module in self._fsdp_modules
@@ -191,28 +192,16 @@ class ModelShards:
         self._seen = self._look()
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters(), torch.empty(0)).device
+
+    @property
     def _parameters(self) -> list[LocalShard]:
         return [*self.averaged, *self.frozen]
 
-    @contextmanager
-    def all_agree(self) -> Iterator[None]:
+    def all_agree(self) -> AbstractContextManager[None]:
         """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        if self._group is not None:
-            device = next(self.module.parameters(), torch.empty(0)).device
-            if device.type == "meta":
-                device = torch.device("cpu" if dist.get_backend(self._group) == "gloo" else "cuda")
-            (any_failed,) = agreed_max([error is not None], self._group, device)
-            if any_failed and error is None:
-                raise RuntimeError(
-                    "averaging replicas needs every rank, got an error on another one; see its traceback"
-                )
-        if error is not None:
-            raise error
+        return nullcontext() if self._group is None else all_agree(self._group, self._device)
 
     def reshard(self) -> None:
         reshard(self._fsdp_modules)
@@ -455,16 +444,3 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
-
-
-def _fingerprint(shard: LocalShard) -> int:
-    held = shard.held
-    held = torch.view_as_real(held) if held.is_complex() else held
-    bits = 0
-    for i, piece in enumerate(
-        held.reshape(-1).view(_INT_OF_SIZE[held.element_size()]).tensor_split(1 + held.numel() // (1 << 20))
-    ):
-        weights = torch.arange(1, len(piece) + 1, device=piece.device)  # so that the order counts
-        bits = bits * 31 + int((piece * weights).sum().item()) + i
-    text = f"{shard.names} {tuple(shard.shape)} {shard.tensor.dtype} {shard.is_trainable} {bits}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

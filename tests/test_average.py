@@ -241,6 +241,7 @@ def test_fsdp2_load_replaces_uneven_shards() -> None:
 def test_replicas_that_differ_are_refused_on_every_rank() -> None:
     for problem, message in {
         "value": r"replicas need the same names, shapes and values .* parameter='down.bias'; broadcast",
+        "order": r"replicas need the same names, shapes and values .* parameter='up.weight'; broadcast",
         "name": r"replicas need the same names, shapes and values .* parameter='weight_2'; broadcast",
         "count": r"replicas need the same parameters on every rank, got num_parameters=9 to 10; build",
     }.items():
@@ -252,6 +253,8 @@ def refusal_of_replicas(problem: str, message: str) -> bool:
     rank = dist.get_rank()
     if problem == "value" and rank == 1:
         model.down.bias.data[3] += 1e-7
+    if problem == "order" and rank == 1:
+        model.up.weight.data = model.up.weight.data.flip(0)
     if problem == "name":
         model.register_parameter(f"weight_{2 if rank == 0 else rank}", nn.Parameter(torch.ones(1)))
     if problem == "count" and rank == 2:
