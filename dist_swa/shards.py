@@ -304,10 +304,11 @@ class ModelShards:
     def is_finite(self) -> bool:
         """Whether no rank's averaged shard holds NaN or inf now. One small all-reduce for each axis of the meshes."""
         self.reshard()
-        held = [torch.view_as_real(t) if t.is_complex() else t for t in (shard.local for shard in self.averaged)]
-        largest = torch._foreach_norm([t for t in held if t.numel()], torch.inf)
-        is_finite = [torch.isfinite(value).to(self._device) for value in largest]
-        num_bad = int(bool(is_finite) and not torch.stack(is_finite).all())
+        held = [shard.local for shard in self.averaged if shard.local.numel()]
+        held = [torch.view_as_real(local) if local.is_complex() else local for local in held]
+        largest = torch._foreach_norm(held, torch.inf) if held else []
+        is_finite = [value.isfinite().to(self._device) for value in largest]
+        num_bad = int(bool(held) and not torch.stack(is_finite).all())
         meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
         axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
         for group, device_type in axes.items():
@@ -366,8 +367,8 @@ def name_matcher(pattern: NamePattern | None, argument: str) -> Callable[[str], 
         return lambda name: True
     if callable(pattern):
         return pattern
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    if not all(isinstance(one, str) for one in patterns):
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
         raise TypeError(
             f"{argument} needs a pattern such as 'head.*', a list of them or a function of a name, got"
             f" {argument}={pattern!r}; see fnmatch"
