@@ -1,11 +1,10 @@
 """Every cell of the README's table: each way to shard and wrap, each rule, against the float64 reference.
 
 One launch of ranks follows a trajectory of known weights, looks, saves and trains on; another one, on another number
-of ranks, loads what the first one saved, also under other wrappers. The tests then compare what they found.
+of ranks, loads what the first one saved, also under other wrappers. A subtest for each cell compares what they found.
 """
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def saved_on_rank(name: str, folder: Path) -> Found:
         save_checkpoint({"swa": average}, checkpoint_id=folder / wrapper)
     follow(model, average, models[NUM_SAVED:])
     found: Found = {"update": {rule: average.full_state_dict(rule) for rule in RULES}}
-    found |= {"swap": {}, "transfer": {}}
+    found |= {"swap": {}, "back": {}, "transfer": {}}
     for rule in RULES:
         with average.swapped_in(rule):
             found["swap"][rule] = read(model)
@@ -74,7 +73,7 @@ def saved_on_rank(name: str, folder: Path) -> Found:
             with torch.no_grad():
                 model(torch.ones(2, 4))
         average.state_dict()  # reshards
-        found["back"] = read(model)
+        found["back"][rule] = read(model)
     found["ten steps"] = ten_steps(model)
     twin, _ = averaged(name, name)
     write(twin, models[-1])
@@ -98,16 +97,6 @@ def loaded_on_rank(name: str, folder: Path) -> list[Found]:
     return found
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
-def case(request: pytest.FixtureRequest) -> tuple[str, list[Found], list[list[Found]]]:
-    """Return the name of a case, and what each rank found when saving and when loading."""
-    name = request.param
-    with tempfile.TemporaryDirectory() as folder:
-        saved = run_on_ranks(saved_on_rank, CASES[name].saving_ranks, name, Path(folder))
-        loaded = run_on_ranks(loaded_on_rank, CASES[name].loading_ranks, name, Path(folder))
-    return name, saved, loaded
-
-
 def is_close(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> bool:
     ulps = 2**-24 * math.sqrt(NUM_MODELS) * 8
     return all(torch.allclose(found[name].double(), oracle[name], rtol=ulps, atol=ulps) for name in oracle)
@@ -117,45 +106,30 @@ def oracle_of(name: str, rule: str) -> dict[str, Tensor]:
     return weighted_sum(closed_form(RULES[rule], NUM_MODELS), trajectory(NUM_MODELS, CASES[name].build()))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_update(case: tuple[str, list[Found], list[list[Found]]], rule: str) -> None:
-    name, saved, _ = case
-    full = saved[0]["update"][rule]
-    assert is_close(full, oracle_of(name, rule))
-    assert set(full) == set(CASES[name].build().state_dict())
-    CASES[name].build().load_state_dict(full, strict=True)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_swap(case: tuple[str, list[Found], list[list[Found]]], rule: str) -> None:
-    name, saved, _ = case
-    full = saved[0]["update"][rule]
+@pytest.mark.parametrize("name", CASES)
+def test_matrix(name: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    saved = run_on_ranks(saved_on_rank, CASES[name].saving_ranks, name, tmp_path)
+    loaded = run_on_ranks(loaded_on_rank, CASES[name].loading_ranks, name, tmp_path)
     trained = trajectory(NUM_MODELS, CASES[name].build())[-1]
-    for found in saved:
-        assert found["swap"][rule].keys() == trained.keys()
-        assert same_bits(found["swap"][rule], full, found["swap"][rule])
-        assert same_bits(found["back"], trained)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_transfer(case: tuple[str, list[Found], list[list[Found]]], rule: str) -> None:
-    _, saved, _ = case
-    full = saved[0]["update"][rule]
-    for found in saved:
-        assert same_bits(found["transfer"][rule], full, found["transfer"][rule])
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_save_and_load(case: tuple[str, list[Found], list[list[Found]]], rule: str) -> None:
-    _, saved, loaded = case
-    full = saved[0]["update"][rule]
-    assert len(loaded[0]) == 3
-    for found in loaded[0]:
-        assert same_bits(found[rule], full)
-
-
-def test_ten_more_training_steps(case: tuple[str, list[Found], list[list[Found]]]) -> None:
-    _, saved, _ = case
-    for found in saved:
-        assert not same_bits(found["back"], found["ten steps"], found["back"])
-        assert same_bits(found["ten steps"], found["ten steps unseen"])
+    for rule in RULES:
+        full = saved[0]["update"][rule]
+        with subtests.test("update", rule=rule):
+            assert is_close(full, oracle_of(name, rule))
+            assert set(full) == set(CASES[name].build().state_dict())
+            CASES[name].build().load_state_dict(full, strict=True)
+        with subtests.test("swap", rule=rule):
+            for found in saved:
+                assert found["swap"][rule].keys() == trained.keys()
+                assert same_bits(found["swap"][rule], full, trained)
+                assert same_bits(found["back"][rule], trained)
+        with subtests.test("transfer", rule=rule):
+            for found in saved:
+                assert same_bits(found["transfer"][rule], full, trained)
+        with subtests.test("save and load", rule=rule):
+            assert len(loaded[0]) == 3
+            for found in loaded[0]:
+                assert same_bits(found[rule], full)
+    with subtests.test("ten more training steps"):
+        for found in saved:
+            assert not same_bits(found["ten steps"], trained, trained)
+            assert same_bits(found["ten steps"], found["ten steps unseen"])
