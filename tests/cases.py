@@ -185,7 +185,7 @@ class Case(NamedTuple):
 _HALF = torch.bfloat16
 CASES: dict[str, Case] = {
     "plain module": Case(core("plain")),
-    "plain module with process_group": Case(core("plain"), group="group"),
+    "plain module, process_group": Case(core("plain"), group="group"),
     "DDP": Case(core("ddp")),
     "DDP, static_graph": Case(lambda model: DistributedDataParallel(model, static_graph=True)),
     "FSDP1, use_orig_params": Case(core("fsdp1")),
@@ -209,9 +209,9 @@ CASES: dict[str, Case] = {
     "TP, sequence-parallel norm": Case(sequence_parallel(is_sharded=False), seeded(Sequences), loading_ranks=2),
     "FSDP2 + TP": Case(core("fsdp2+tp")),
     "FSDP2 + TP, sequence-parallel norm": Case(sequence_parallel(is_sharded=True), seeded(Sequences)),
-    "torch.compile of DDP": Case(compiled("ddp"), saving_ranks=2),
-    "torch.compile of FSDP2": Case(compiled("fsdp2"), saving_ranks=2),
-    "FSDP2, compiled in place": Case(compiled("fsdp2", in_place=True), saving_ranks=2),
+    "torch.compile, DDP": Case(compiled("ddp"), saving_ranks=2),
+    "torch.compile, FSDP2": Case(compiled("fsdp2"), saving_ranks=2),
+    "torch.compile, FSDP2 in place": Case(compiled("fsdp2", in_place=True), saving_ranks=2),
     "activation checkpointing, DDP": Case(activation_checkpointed("ddp")),
     "activation checkpointing, FSDP1": Case(activation_checkpointed("fsdp1")),
     "activation checkpointing, FSDP2": Case(activation_checkpointed("fsdp2")),
