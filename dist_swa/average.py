@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_swa.foreach import lerp, plan
+from dist_swa.model import ModelShards, NamePattern
 from dist_swa.rules import Elapsed, Equal, Rule
-from dist_swa.shards import ModelShards, NamePattern
 from dist_swa.track import Track, check_keys
 
 _UNNAMED = ""  # the key of the only average, where it was given no name

@@ -19,11 +19,9 @@ So every reader and writer of shards reshards first, and a swap does so again be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,9 +37,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from dist_swa.agreement import agreed_max, all_agree, check_replicas, fingerprint
-
-NamePattern = str | Sequence[str] | Callable[[str], bool]
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -143,202 +138,7 @@ class LocalShard:
         return _plain(whole)
 
 
-class ModelShards:
-    """This rank's shards of a model: the averaged parameters (trainable and selected), the others, the buffers.
-
-    Where the parameters are replicated over a group, construction is a collective of that group: it checks that
-    names, shapes and values agree.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        process_group: dist.ProcessGroup | None = None,
-        parameters: NamePattern | None = None,
-    ) -> None:
-        self.module, self._ddp = unwrap(model)
-        self._selects = name_matcher(parameters, "parameters")
-        if self._ddp is not None and process_group is not None:
-            raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
-        self._group = process_group if self._ddp is None else self._ddp.process_group
-        if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
-            raise TypeError(
-                f"process_group needs a group that this rank is in, got process_group={self._group!r}; call this on its"
-                " ranks only"
-            )
-        self._fsdp_modules = find_fsdp_modules(self.module)
-        self._replica_mesh: DeviceMesh | None = None
-        self._flat_meshes: dict[FullyShardedDataParallel, DeviceMesh] = {}
-        with self.all_agree():
-            self._capture()
-        if self._replica_mesh is not None:
-            shards = [(shard, True) for shard in self.averaged] + [(shard, False) for shard in self.others]
-            names = [shard.name for shard, _ in shards]
-            fingerprints = [
-                fingerprint(shard.held, f"{shard.names} {tuple(shard.shape)} {is_averaged}")
-                for shard, is_averaged in shards
-            ]
-            check_replicas(names, fingerprints, self._replica_mesh.get_group(), self._device)
-        self.is_first_rank = _is_first_rank([*self.averaged, *self.others], self._flat_meshes)
-
-    def _capture(self) -> None:
-        self.reshard()
-        parameters = list(self.module.parameters())
-        if self._group is not None:
-            if all(isinstance(parameter, DTensor | FlatParameter) for parameter in parameters):
-                raise ValueError(
-                    "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
-                )
-            self._replica_mesh = DeviceMesh.from_group(self._group, self._device.type)
-        self._flat_meshes = {
-            module: DeviceMesh.from_group(module.process_group, next(module.parameters()).device.type)
-            for module in self._fsdp_modules
-            if isinstance(module, FullyShardedDataParallel) and module._handle and module.process_group
-        }
-        shards = self._find_parameters()
-        self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
-        self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
-        if not self.averaged:
-            num_trainable = sum(shard.is_trainable for shard in shards)
-            raise ValueError(
-                f"ShardedAverage needs a parameter that requires a gradient and is selected by `parameters`, got none"
-                f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
-                " model.named_parameters()"
-            )
-        self.buffers = _find(self.module, "_buffers")
-        self._seen = self._look()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters(), torch.empty(0)).device
-
-    @property
-    def everything(self) -> list[LocalShard]:
-        """Every parameter and buffer."""
-        return [*self.averaged, *self.others, *self.buffers]
-
-    def all_agree(self) -> AbstractContextManager[None]:
-        """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
-        return nullcontext() if self._group is None else all_agree(self._group, self._device)
-
-    def reshard(self) -> None:
-        reshard(self._fsdp_modules)
-
-    def follow(self) -> None:
-        """Reshard, and take over parameters that were replaced by others of the same names, shapes and layouts.
-
-        Raises ValueError that names the first parameter that differs.
-        """
-        self.reshard()
-        now = {shard.name: shard for shard in self._find_parameters()}
-        before = {shard.name: shard for shard in [*self.averaged, *self.others]}
-        for name in [*before, *now]:
-            if name not in now or not now[name].is_same_as(before.get(name)):
-                raise ValueError(
-                    "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
-                    f" parameter={name!r}; build the average after the model has its parameters and wrapper"
-                )
-        for shard in self.others:
-            if self._is_to_be_averaged(now[shard.name]):
-                raise ValueError(
-                    "ShardedAverage needs frozen parameters to stay frozen, got requires_grad=True now for"
-                    f" parameter={shard.name!r}; build the average once all trained parameters require gradients"
-                )
-        self.averaged = [now[shard.name] for shard in self.averaged]
-        self.others = [now[shard.name] for shard in self.others]
-        self.buffers = _find(self.module, "_buffers")
-        self._seen = self._look()
-
-    def is_current(self) -> bool:
-        """Reshard, and return whether modules, parameters, storage and buffers are those seen last. Local, cheap."""
-        self.reshard()
-        return self._look() == self._seen
-
-    def write(self, averages: Sequence[Tensor]) -> None:
-        """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
-        for shard, average in zip(self.averaged, averages, strict=True):
-            whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
-            shard.write(whole)
-
-    def written_once(self, shard: LocalShard, local: Tensor) -> Tensor:
-        """Return the whole of a buffer so that the first rank's goes into a checkpoint, from which all ranks read.
-
-        Buffers may differ between ranks, and torch.distributed.checkpoint takes plain tensors from any of them.
-        """
-        if shard.layout is None and not self.is_first_rank:
-            return local.as_subclass(_Unwritten)
-        return shard.whole(local)
-
-    @contextmanager
-    def kept_state(self) -> Iterator[None]:
-        """Give back, on exit, the parameters that are averaged, all buffers, and what a forward changes in DDP.
-
-        Local. Takes a copy of them.
-        """
-        with torch.no_grad():
-            values = [(shard, shard.held.clone()) for shard in [*self.averaged, *self.buffers]]
-        owners = [(part._buffers, dict(part._buffers)) for part in self.module.modules()]
-        # A forward under no_grad clears DDP's flag, and the next one would not broadcast buffers.
-        syncs = self._ddp is None or self._ddp.require_forward_param_sync
-        try:
-            yield
-        finally:
-            if self._ddp is not None:
-                self._ddp.require_forward_param_sync = syncs
-            self.reshard()
-            for buffers, before in owners:  # a forward may have put other tensors there
-                buffers.clear()
-                buffers.update(before)
-            with torch.no_grad():
-                for shard, held in values:
-                    shard.write(held)
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
-        return {
-            _clean_name(f"{name}._extra_state"): module.get_extra_state()
-            for name, module in self.module.named_modules(remove_duplicate=False)
-            if type(module).get_extra_state is not nn.Module.get_extra_state
-        }
-
-    def is_finite(self) -> bool:
-        """Whether no rank's averaged shard holds NaN or inf now. One small all-reduce for each axis of the meshes."""
-        self.reshard()
-        held = [shard.local for shard in self.averaged if shard.local.numel()]
-        held = [torch.view_as_real(local) if local.is_complex() else local for local in held]
-        largest = torch._foreach_norm(held, torch.inf) if held else []
-        is_finite = [value.isfinite().to(self._device) for value in largest]
-        num_bad = int(bool(held) and not torch.stack(is_finite).all())
-        meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
-        axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
-        for group, device_type in axes.items():
-            (num_bad,) = agreed_max([num_bad], group, torch.device(device_type))
-        return num_bad == 0
-
-    def _is_to_be_averaged(self, shard: LocalShard) -> bool:
-        return shard.is_trainable and any(self._selects(name) for name in shard.names)
-
-    def _find_parameters(self) -> list[LocalShard]:
-        prefixes = {module: name for name, module in self.module.named_modules()}
-        flat = [
-            shard for module, mesh in self._flat_meshes.items() for shard in _find_flat(prefixes[module], module, mesh)
-        ]
-        names = {name for shard in flat for name in shard.names}
-        others = _find(self.module, "_parameters", self._replica_mesh)
-        return [*flat, *(shard for shard in others if shard.name not in names and shard.key != "_flat_param")]
-
-    def _look(self) -> tuple[list[Any], ...]:
-        """Return what tells whether the model still consists of the same tensors on the same storage."""
-        held = [shard.owner.get(shard.key) for shard in chain(self.averaged, self.others)]
-        parameters = [
-            (id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in held if t is not None
-        ]
-        parts = list(self.module.modules())
-        buffers = [key for part in parts for key, buffer in part._buffers.items() if buffer is not None]
-        return parameters, buffers, [id(part) for part in parts]
-
-
-def _is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullyShardedDataParallel]) -> bool:
+def is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullyShardedDataParallel]) -> bool:
     """Whether this rank comes first on every mesh, and in every group of FSDP1's HYBRID_SHARD."""
     meshes = {shard.layout.mesh for shard in shards if shard.layout}
     replicas = [getattr(module, "_inter_node_pg", None) for module in flat_modules]
@@ -348,7 +148,7 @@ def _is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullySha
     )
 
 
-class _Unwritten(Tensor):
+class Unwritten(Tensor):
     """A tensor that torch.distributed.checkpoint reads on this rank, and does not write."""
 
     def __create_write_items__(self, fqn: str, tensor: Tensor) -> list[Any]:
@@ -356,24 +156,6 @@ class _Unwritten(Tensor):
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         return self.as_subclass(Tensor)
-
-
-def name_matcher(pattern: NamePattern | None, argument: str) -> Callable[[str], bool]:
-    """Return what tells whether an FQN is meant by the argument: a shell-style pattern, several, a function, or None.
-
-    None means all names. Raises TypeError for anything else.
-    """
-    if pattern is None:
-        return lambda name: True
-    if callable(pattern):
-        return pattern
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
-        raise TypeError(
-            f"{argument} needs a pattern such as 'head.*', a list of them or a function of a name, got"
-            f" {argument}={pattern!r}; see fnmatch"
-        )
-    return lambda name: any(fnmatchcase(name, one) for one in patterns)
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
@@ -427,6 +209,59 @@ def _reshard_flat(module: FullyShardedDataParallel) -> None:
         handle._use_sharded_views()
 
 
+def find_flat_meshes(fsdp_modules: Iterable[Any]) -> dict[FullyShardedDataParallel, DeviceMesh]:
+    """Return the modules of which FSDP1 has flattened parameters, each with a mesh of the ranks that share them."""
+    return {
+        module: DeviceMesh.from_group(module.process_group, next(module.parameters()).device.type)
+        for module in fsdp_modules
+        if isinstance(module, FullyShardedDataParallel) and module._handle and module.process_group
+    }
+
+
+def find_parameters(
+    module: nn.Module,
+    replica_mesh: DeviceMesh | None,
+    flat_meshes: Mapping[FullyShardedDataParallel, DeviceMesh],
+) -> list[LocalShard]:
+    """Return this rank's shards of the parameters; those that are not sharded are replicas on `replica_mesh`."""
+    prefixes = {part: name for name, part in module.named_modules()}
+    flat = [shard for part, mesh in flat_meshes.items() for shard in _find_flat(prefixes[part], part, mesh)]
+    names = {name for shard in flat for name in shard.names}
+    others = _find(module, "_parameters", replica_mesh)
+    return [*flat, *(shard for shard in others if shard.name not in names and shard.key != "_flat_param")]
+
+
+def find_buffers(module: nn.Module) -> list[LocalShard]:
+    """Return the buffers, which are whole on every rank."""
+    return _find(module, "_buffers")
+
+
+def are_sharded(module: nn.Module) -> bool:
+    """Whether there are no parameters but those that FSDP or tensor parallelism has sharded."""
+    return all(isinstance(parameter, DTensor | FlatParameter) for parameter in module.parameters())
+
+
+def identity(module: nn.Module, parameters: Iterable[LocalShard]) -> tuple[list[Any], ...]:
+    """Return what tells whether `module` still consists of the same tensors on the same storage. Cheap."""
+    held = [shard.owner.get(shard.key) for shard in parameters]
+    storages = [(id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in held if t is not None]
+    parts = list(module.modules())
+    buffers = [key for part in parts for key, buffer in part._buffers.items() if buffer is not None]
+    return storages, buffers, [id(part) for part in parts]
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Let every buffer be the same tensor afterwards: a forward may put another one there."""
+    owners = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for buffers, before in owners:
+            buffers.clear()
+            buffers.update(before)
+
+
 def has_collective_forward(module: nn.Module) -> bool:
     """Whether the ranks have to run a forward of `module` together."""
     return bool(find_fsdp_modules(module)) or any(isinstance(p, DTensor) for p in module.parameters())
@@ -438,13 +273,13 @@ def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) 
         for key, tensor in getattr(part, kind).items():
             if is_lazy(tensor) or (tensor is not None and tensor.is_meta):
                 raise ValueError(
-                    f"ShardedAverage needs tensors with values, got {_clean_name(f'{prefix}.{key}')}="
+                    f"ShardedAverage needs tensors with values, got {clean_name(f'{prefix}.{key}')}="
                     f"{'lazy' if is_lazy(tensor) else 'meta'}; materialise the model first (a forward, or to_empty)"
                 )
             if tensor is not None:
                 is_persistent = kind != "_buffers" or key not in part._non_persistent_buffers_set
                 entry = found.setdefault(id(tensor), (getattr(part, kind), key, tensor, [], is_persistent))
-                entry[3].append(_clean_name(f"{prefix}.{key}"))
+                entry[3].append(clean_name(f"{prefix}.{key}"))
     shards = []
     for owner, key, tensor, names, is_persistent in found.values():
         layout, rows = _layout(names[0], tensor, replica_mesh)
@@ -459,11 +294,11 @@ def _find_flat(prefix: str, module: FullyShardedDataParallel, mesh: DeviceMesh) 
     flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
     tied: dict[str, list[str]] = {}
     for shared in flat._shared_param_infos:
-        name = _clean_name(f"{shared.prim_module_name}.{shared.prim_param_name}")
+        name = clean_name(f"{shared.prim_module_name}.{shared.prim_param_name}")
         tied.setdefault(name, []).append(f"{shared.module_name}.{shared.param_name}")
     shards = []
     for i, (name, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True)):
-        names = tuple(_clean_name(f"{prefix}.{name}") for name in (name, *tied.get(_clean_name(name), ())))
+        names = tuple(clean_name(f"{prefix}.{name}") for name in (name, *tied.get(clean_name(name), ())))
         offset = info.offset_in_shard or 0
         piece = FlatPiece(
             slice(offset, offset + (info.numel_in_shard or 0)), info.intra_param_start_idx or 0, not is_sharded
@@ -509,5 +344,5 @@ def _plain(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def _clean_name(name: str) -> str:
+def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)

@@ -14,9 +14,9 @@ from torch import nn
 from dist_swa.average import ShardedAverage, named_rules
 from dist_swa.batch_norm import recalibrate_batch_norm
 from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
+from dist_swa.model import NamePattern
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
-from dist_swa.shards import NamePattern
 from dist_swa.track import check_keys
 
 
@@ -197,9 +197,13 @@ class SWA:
         self.average.require("load_state_dict", outside_of_a_swap=True)
         check_keys(state_dict, ["schedule"])
         schedule = {key: value.tolist() for key, value in state_dict["schedule"].items()}
-        check_keys(schedule, [*self.schedule.state_dict(), "num_skipped", *(["start_lrs"] if self._optimizer else [])])
+        check_keys(
+            schedule,
+            [*self.schedule.state_dict(), "num_skipped", *(["start_lrs"] if self._optimizer is not None else [])],
+        )
         start_lrs: list[float] = []
         if self._optimizer is not None:
+            check_keys(schedule, ["start_lrs"])
             start_lrs = schedule["start_lrs"]
             num_groups = len(self._optimizer.param_groups)
             if len(start_lrs) != num_groups:

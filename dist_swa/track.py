@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dist_swa.foreach import lerp, mean, plan
+from dist_swa.model import ModelShards
 from dist_swa.rules import Rule
-from dist_swa.shards import LocalShard, ModelShards
+from dist_swa.shards import LocalShard
 
 _FORMAT_VERSION = 1
 _RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes

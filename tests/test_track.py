@@ -245,6 +245,23 @@ def test_what_is_written_into_averaged_buffers_stays_until_the_next_update() -> 
     assert average.full_state_dict()["mean"].eq(2).all()
 
 
+def test_averaged_buffers_go_on_from_a_state_dict() -> None:
+    for rule in (EMA(0.5), Window(2)):
+        averages = []
+        for first in (1.0, 5.0):
+            model = Statistics()
+            averages.append((model, ShardedAverage(model, rule, buffers="average")))
+            for value in (first, first + 1):
+                model.fill(value)
+                averages[-1][1].update()
+        (_, saved), (_, loaded) = averages
+        loaded.load_state_dict(saved.state_dict())
+        for model, average in averages:
+            model.fill(9)
+            average.update()
+        assert same_bits(loaded.full_state_dict(), saved.full_state_dict()), rule
+
+
 @pytest.mark.parametrize("rule", [Equal(), Window(3)], ids=str)
 def test_averaged_buffers_that_come_and_change_their_shape(rule: Rule) -> None:
     model = Statistics()
