@@ -1,0 +1,264 @@
+"""Reading a checkpoint that nobody vouches for: no code of it runs, and damage is found before it spreads.
+
+torch.distributed.checkpoint (DCP) reads `.metadata` and all that is no tensor with pickle, which runs whatever code a
+file names. Here only the classes of `_ALLOWED`, one by one, are let through, and the rest is read ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+METADATA = ".metadata"  # DCP's list of what is where
+SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check SHA256SUMS` reads it
+WRITER = "dist_swa.checkpoint"  # noted in `.metadata`, so that checksums that were deleted are missed
+_HEX_DIGITS = 64
+T = TypeVar("T")
+
+_DCP = "torch.distributed.checkpoint."
+_ALLOWED = {
+    *((f"{_DCP}metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((f"{_DCP}metadata", name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    *((f"{_DCP}metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    (f"{_DCP}filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks the name up in a table
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged or incomplete, or wants to run code. The message names the file."""
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """Return a reader of the DCP checkpoint in the folder `path`, for one process and without a process group.
+
+    It runs no code, and checks the checksum of every file before it reads of it. Raises CheckpointError where the
+    checkpoint is damaged, incomplete or would run code.
+    """
+    return CheckpointReader(path)
+
+
+class CheckpointReader(FileSystemReader):
+    """What is in a checkpoint: `keys`, and the `shape`, `dtype` and value of each.
+
+    Keys are dotted, as "swa.num_averaged". Values that are no tensors have the shape and dtype None.
+    Also a ``StorageReader`` for dcp.load.
+
+    `has_checksums` is False for a checkpoint by plain dcp.save: it is looked at for missing and short files, and for
+    tensors that do not cover their shape, but flipped bytes inside of tensors go unnoticed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        super().__init__(self.folder)
+        self._sums = self._read_sums()
+        self.has_checksums = bool(self._sums)
+        self._unverified = set(self._sums)
+        self.metadata = self._read_metadata()
+        self.storage_data = self.metadata.storage_data
+        self.keys = tuple(self.metadata.state_dict_metadata)
+        self._check_files()
+
+    def shape(self, key: str) -> torch.Size | None:
+        entry = self._entry(key)
+        return entry.size if isinstance(entry, TensorStorageMetadata) else None
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        entry = self._entry(key)
+        return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
+
+    def read(self, key: str) -> Any:
+        """Return the whole tensor `key`, on the CPU; of what is no tensor, its value. Memory: that tensor, twice."""
+        entry = self._entry(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            return self._read_value(key)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        planner = LoadPlannerWithoutPickle(self, flatten=False)
+        planner.set_up_planner({key: tensor}, self.metadata, True)
+        self.read_data(planner.create_local_plan(), planner).wait()
+        return tensor
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read every `parts`-th file, from number `part` on, and raise CheckpointError where its checksum is another.
+
+        The other parts are for the other ranks; nothing is verified again when it is read.
+        """
+        for name in sorted(self._unverified)[part::parts]:
+            self._verify(name)
+        self._unverified.clear()
+
+    def read_metadata(self, *args: Any) -> Metadata:
+        """Return the metadata, read and checked before. (``StorageReader``)"""
+        return self.metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for, file by file. (``StorageReader``)"""
+        per_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in per_file.items():
+            self._attempt(name, partial(super().read_data, replace(plan, items=items), planner))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _entry(self, key: str) -> Any:
+        if key not in self.metadata.state_dict_metadata:
+            raise KeyError(f"{key} is not in the checkpoint {self.folder}")
+        return self.metadata.state_dict_metadata[key]
+
+    def _read_value(self, key: str) -> Any:
+        where = self.storage_data[MetadataIndex(key)]
+
+        def read() -> Any:
+            with (self.folder / where.relative_path).open("rb") as file:
+                file.seek(where.offset)
+                return torch.load(io.BytesIO(file.read(where.length)), map_location="cpu", weights_only=True)
+
+        return self._attempt(where.relative_path, read)
+
+    def _attempt(self, name: str, read: Callable[[], T]) -> T:
+        """Return what `read` returns from a verified file; what it raises becomes an error that names the file."""
+        if name in self._unverified:
+            self._verify(name)
+            self._unverified.discard(name)
+        try:
+            return read()
+        except Exception as error:
+            raise self._error(name, f"it cannot be read without running code, or is damaged ({error})") from error
+
+    def _verify(self, name: str) -> None:
+        with self._open(name) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self._sums[name]:
+                raise self._error(name, f"its content is not what its checksum in {SUMS} says")
+
+    def _error(self, name: str, got: str) -> CheckpointError:
+        return CheckpointError(
+            f"a checkpoint needs its files as they were written, got {self.folder / name}: {got}; restore the file, or"
+            " use another checkpoint"
+        )
+
+    def _open(self, name: str) -> io.BufferedReader:
+        try:
+            return (self.folder / name).open("rb")
+        except FileNotFoundError as error:
+            raise self._error(name, "it is missing") from error
+
+    def _read_sums(self) -> dict[str, str]:
+        """Return the checksum of each file; none for a checkpoint by plain dcp.save."""
+        if not (self.folder / SUMS).exists():
+            return {}
+        sums = {}
+        with self._open(SUMS) as file:
+            for line in file.read().decode(errors="replace").splitlines():
+                digest, _, name = line.partition("  ")
+                if len(digest) != _HEX_DIGITS or Path(name).name != name:
+                    raise self._error(SUMS, f"a line reads {line!r}")
+                sums[name] = digest
+        if METADATA not in sums:
+            raise self._error(SUMS, f"it has no line for {METADATA}")
+        return sums
+
+    def _read_metadata(self) -> Metadata:
+        if METADATA in self._unverified:
+            self._verify(METADATA)
+            self._unverified.discard(METADATA)
+        try:
+            with self._open(METADATA) as file:
+                metadata = _checked(_Unpickler(file).load())
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise self._error(METADATA, str(error)) from error
+        if metadata.storage_meta and WRITER in metadata.storage_meta.modules and not self.has_checksums:
+            raise self._error(SUMS, "it is missing")
+        return metadata
+
+    def _check_files(self) -> None:
+        """Raise unless the files have room for all that `.metadata` says is in them."""
+        ends: dict[str, int] = {}
+        for where in self.storage_data.values():
+            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
+        for name, end in ends.items():
+            if Path(name).name != name:
+                raise self._error(METADATA, f"it names a file outside of the folder, {name!r}")
+            if self.has_checksums and name not in self._sums:
+                raise self._error(SUMS, f"it has no line for {name}")
+            with self._open(name) as file:
+                if (size := file.seek(0, io.SEEK_END)) < end:
+                    raise self._error(name, f"it has {size} bytes of at least {end}")
+        for key, entry in self.metadata.state_dict_metadata.items():
+            chunks: Iterable[Any] = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
+            places = [MetadataIndex(key, chunk.offsets) for chunk in chunks] or [MetadataIndex(key)]
+            if any(place not in self.storage_data for place in places):
+                raise self._error(METADATA, f"it does not say where {key} is")
+            if isinstance(entry, TensorStorageMetadata) and sum(prod(c.sizes) for c in chunks) != prod(entry.size):
+                raise self._error(METADATA, f"its parts of {key} do not make up the shape {tuple(entry.size)}")
+
+
+class LoadPlannerWithoutPickle(DefaultLoadPlanner):
+    """Checks, before any tensor is written on any rank, that the checkpoint fits, and reads all that is no tensor."""
+
+    def __init__(self, reader: CheckpointReader, flatten: bool = True) -> None:
+        super().__init__(flatten_state_dict=flatten)
+        self._reader = reader
+        self._values: dict[str, Any] = {}
+
+    def create_local_plan(self) -> LoadPlan:
+        try:
+            plan = super().create_local_plan()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"load needs a checkpoint with the keys and shapes of the state, got {self._reader.folder}: {error}"
+                "; build model and average as they were"
+            ) from error
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                self._values[item.dest_index.fqn] = self._reader.read(item.storage_index.fqn)
+        return plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put the value that was read before, and not `value`, which DCP would unpickle."""
+        *parents, last = self.mappings[read_item.dest_index.fqn]
+        place: Any = self.original_state_dict
+        for parent in parents:
+            place = place[parent]
+        place[last] = self._values[read_item.dest_index.fqn]
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not in the metadata of tensors")
+        return super().find_class(module, name)
+
+
+def _checked(metadata: Any) -> Metadata:
+    """Return `metadata`; TypeError unless the attributes that are used have the types that DCP writes."""
+    if not isinstance(metadata, Metadata):
+        raise TypeError(f"it holds {type(metadata).__name__} where Metadata should be")
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    types = {"state_dict_metadata": dict, "storage_data": dict, "storage_meta": StorageMeta}
+    for name, expected in types.items():
+        if not isinstance(value := getattr(metadata, name), expected):
+            raise TypeError(f"it holds {type(value).__name__} where a {expected.__name__} should be")
+    return metadata
