@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -26,7 +26,6 @@ from torch.futures import Future
 METADATA = ".metadata"  # DCP's list of what is where
 SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check SHA256SUMS` reads it
 WRITER = "dist_swa.checkpoint"  # noted in `.metadata`, so that checksums that were deleted are missed
-_HEX_DIGITS = 64
 T = TypeVar("T")
 
 _DCP = "torch.distributed.checkpoint."
@@ -46,6 +45,11 @@ _ALLOWED = {
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged or incomplete, or wants to run code. The message names the file."""
+
+
+def as_text(sums: Mapping[str, str]) -> str:
+    """Return the content of `SUMS`: the checksum and the name of each file."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
@@ -144,7 +148,7 @@ class CheckpointReader(FileSystemReader):
         try:
             return read()
         except Exception as error:
-            raise self._error(name, f"it cannot be read without running code, or is damaged ({error})") from error
+            raise self._error(name, f"it holds other than tensors and plain values ({type(error).__name__})") from error
 
     def _verify(self, name: str) -> None:
         with self._open(name) as file:
@@ -167,13 +171,12 @@ class CheckpointReader(FileSystemReader):
         """Return the checksum of each file; none for a checkpoint by plain dcp.save."""
         if not (self.folder / SUMS).exists():
             return {}
-        sums = {}
         with self._open(SUMS) as file:
-            for line in file.read().decode(errors="replace").splitlines():
-                digest, _, name = line.partition("  ")
-                if len(digest) != _HEX_DIGITS or Path(name).name != name:
-                    raise self._error(SUMS, f"a line reads {line!r}")
-                sums[name] = digest
+            text = file.read().decode(errors="replace")
+        lines = (line.partition("  ") for line in text.splitlines())
+        sums = {name: digest for digest, _, name in lines}
+        if text != as_text(sums) or any(Path(name).name != name for name in sums):
+            raise self._error(SUMS, "it is no list of checksums and names")
         if METADATA not in sums:
             raise self._error(SUMS, f"it has no line for {METADATA}")
         return sums
@@ -224,8 +227,9 @@ class LoadPlannerWithoutPickle(DefaultLoadPlanner):
         self._values: dict[str, Any] = {}
 
     def create_local_plan(self) -> LoadPlan:
+        # Not the default's: it takes a parameter of which FSDP1 has nothing on this rank for a sign of torch < 2.4.
         try:
-            plan = super().create_local_plan()
+            plan = create_default_local_load_plan(self.state_dict, self._reader.metadata)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"load needs a checkpoint with the keys and shapes of the state, got {self._reader.folder}: {error}"

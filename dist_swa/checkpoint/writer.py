@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dist_swa.checkpoint.reader import METADATA, SUMS, WRITER
+from dist_swa.checkpoint.reader import METADATA, SUMS, WRITER, as_text
 
 PARTIAL = ".partial"  # ends the hidden name under which a checkpoint is written
 _BUFFER_BYTES = 1 << 20
@@ -64,7 +64,7 @@ class CheckpointWriter(FileSystemWriter):
         super().finish(metadata, [[r for r in part if not isinstance(r.storage_data, str)] for part in results])
         sums[METADATA] = self._files.digests[METADATA]
         with self.fs.create_stream(Path(self.path) / SUMS, "wb") as file:
-            file.write("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+            file.write(as_text(sums).encode())
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(Path(self.path))
