@@ -42,16 +42,14 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path, keep: int = 3) -> None:
         if not isinstance(keep, int) or keep < 1:
-            raise ValueError(
-                f"CheckpointFolder needs to keep at least the newest checkpoint, got keep={keep}; pass 1 or more"
-            )
+            raise ValueError(f"CheckpointFolder needs to keep one checkpoint or more, got keep={keep}; pass 1 or more")
         self.path, self._keep = Path(path), keep
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._wait: Callable[[], None] | None = None
         with all_raise(self._group):
             if self._is_first:
-                self._lock = _locked(self.path)
+                _lock(self.path)
                 self._remove_leftovers()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -139,27 +137,26 @@ class CheckpointFolder:
                 shutil.rmtree(folder)
 
 
-def _locked(path: Path) -> Any:
-    """Return a file that holds the lock on `path` while it is open; RuntimeError where another process has it.
+def _lock(path: Path) -> None:
+    """Make the folder and lock it, until this process ends, however it ends; RuntimeError where another one has it.
 
-    A POSIX lock: it ends with its process, however that ends; children, as the workers of a DataLoader, do not have it.
+    A POSIX lock: the children of the process, as the workers of a DataLoader, do not have it. The file is never
+    closed, which would end the lock, also where two objects of this process have the same folder.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / _LOCK).open("a+")
+        file = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OSError(error.errno, f"CheckpointFolder needs to write there: {error.strerror}", str(path)) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
+        holder = os.pread(file, 1000, 0).decode().strip()
         raise RuntimeError(
-            f"CheckpointFolder needs a folder that no other run writes to, got path={path}, which is held by"
-            f" {file.read().strip()}; end that run, or use another folder"
+            f"CheckpointFolder needs a folder that no other run writes to, got path={path}, which is held by {holder}"
+            "; end that run, or use another folder"
         ) from error
     except OSError as error:
         warnings.warn(f"{path} cannot be locked ({error}): take care that one run at a time writes there", stacklevel=3)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+    os.truncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
