@@ -50,9 +50,9 @@ class Figures:
 
     def __str__(self) -> str:
         return (
-            f"{self.runs} runs, {self.kills} kills ({self.kills_of_launcher} of the launcher, {self.kills_during_a_save}"
-            f" during a save); came to the end: {self.ends}, with other bits: {self.other_bits}, lost updates:"
-            f" {self.lost_updates}"
+            f"{self.runs} runs, {self.kills} kills ({self.kills_of_launcher} of the launcher,"
+            f" {self.kills_during_a_save} during a save); came to the end: {self.ends}, with other bits:"
+            f" {self.other_bits}, lost updates: {self.lost_updates}"
         )
 
 

@@ -118,16 +118,20 @@ def save_and_be_killed(path: Path, moment: str) -> None:
     def die(*_: Any, **__: Any) -> Any:
         os._exit(9)
 
-    folder = CheckpointFolder(path, keep=1)
+    def die_at_the_second(*args: Any, **options: Any) -> None:
+        os.unlink = die  # type: ignore[assignment]
+        unlink(*args, **options)
+
+    unlink, folder = os.unlink, CheckpointFolder(path, keep=1)
     folder.save(1, state_of(1))
     owner, name = {
         "files": (writer.CheckpointWriter, "write_data"),
         "metadata": (writer.CheckpointWriter, "finish"),
         "rename": (Path, "rename"),
         "after rename": (CheckpointFolder, "_remove_old"),
-        "removal": (shutil, "rmtree"),
+        "removal": (os, "unlink"),
     }[moment]
-    setattr(owner, name, die)
+    setattr(owner, name, die_at_the_second if moment == "removal" else die)
     folder.save(2, state_of(2))
 
 
@@ -137,6 +141,8 @@ def save_and_be_killed(path: Path, moment: str) -> None:
 def test_killed_at_any_moment_of_a_save(tmp_path: Path, moment: str, step: int) -> None:
     with pytest.raises(AssertionError, match="died"):
         run_on_ranks(save_and_be_killed, 1, tmp_path, moment)
+    for path in tmp_path.glob("step-*"):
+        open_checkpoint(path).verify()
     folder = CheckpointFolder(tmp_path, keep=1)
     assert load_value(folder) == (step, float(step))
     folder.save(3, state_of(3))
