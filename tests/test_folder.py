@@ -119,7 +119,7 @@ def save_and_be_killed(path: Path, moment: str) -> None:
         os._exit(9)
 
     def die_at_the_second(*args: Any, **options: Any) -> None:
-        os.unlink = die  # type: ignore[assignment]
+        os.unlink = die
         unlink(*args, **options)
 
     unlink, folder = os.unlink, CheckpointFolder(path, keep=1)

@@ -339,6 +339,22 @@ def test_entries_run_no_code(tmp_path: Path) -> None:
     assert marker.exists()  # so it does run where it is let
 
 
+def test_all_is_read_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, load, modes = Training(), torch.load, []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        modes.append(options.get("weights_only"))
+        return load(*args, **options)
+
+    checkpoint.save(training.state(), tmp_path / "checkpoint")
+    monkeypatch.setattr(torch, "load", noting)
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    checkpoint.load(training.state(), tmp_path / "checkpoint")
+    assert len(modes) > 2
+    assert set(modes) == {True}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -346,6 +362,8 @@ def test_entries_run_no_code(tmp_path: Path) -> None:
             lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../x"),
             "a file outside of the folder",
         ),
+        (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", 7), "not int"),
+        (lambda m: m.state_dict_metadata.update({7: None}), "it holds 7 where a key should be"),
         (lambda m: m.storage_data.popitem(), "it does not say where"),
         (lambda m: m.state_dict_metadata["swa.num_averaged"].chunks.clear(), "it does not say where swa.num_averaged"),
         (lambda m: setattr(m, "storage_data", None), "it holds NoneType where a dict"),

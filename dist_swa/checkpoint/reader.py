@@ -1,14 +1,9 @@
-"""Reading a checkpoint that nobody vouches for: no code of it runs, and damage is found before it spreads.
-
-torch.distributed.checkpoint (DCP) reads `.metadata` and all that is no tensor with pickle, which runs whatever code a
-file names. Here only the classes of `_ALLOWED`, one by one, are let through, and the rest is read ``weights_only``.
-"""
+"""Reading a checkpoint that nobody vouches for: no code of it runs, and damage is found before it spreads."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,28 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
+
+from dist_swa.checkpoint.metadata import read_metadata
 
 METADATA = ".metadata"  # DCP's list of what is where
 SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check SHA256SUMS` reads it
 WRITER = "dist_swa.checkpoint"  # noted in `.metadata`, so that checksums that were deleted are missed
 T = TypeVar("T")
-
-_DCP = "torch.distributed.checkpoint."
-_ALLOWED = {
-    *((f"{_DCP}metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((f"{_DCP}metadata", name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
-    *((f"{_DCP}metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
-    (f"{_DCP}filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # looks the name up in a table
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),  # Python 3.13
-    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}
 
 
 class CheckpointError(ValueError):
@@ -80,7 +63,6 @@ class CheckpointReader(FileSystemReader):
         self.metadata = self._read_metadata()
         self.storage_data = self.metadata.storage_data
         self.keys = tuple(self.metadata.state_dict_metadata)
-        self._check_files()
 
     def shape(self, key: str) -> torch.Size | None:
         entry = self._entry(key)
@@ -187,8 +169,9 @@ class CheckpointReader(FileSystemReader):
             self._unverified.discard(METADATA)
         try:
             with self._open(METADATA) as file:
-                metadata = _checked(_Unpickler(file).load())
-        except CheckpointError:
+                metadata = read_metadata(file)
+            self._check_files(metadata)
+        except (CheckpointError, OSError):
             raise
         except Exception as error:
             raise self._error(METADATA, str(error)) from error
@@ -196,10 +179,10 @@ class CheckpointReader(FileSystemReader):
             raise self._error(SUMS, "it is missing")
         return metadata
 
-    def _check_files(self) -> None:
-        """Raise unless the files have room for all that `.metadata` says is in them."""
+    def _check_files(self, metadata: Metadata) -> None:
+        """Raise unless there is a place in the files for all of each tensor, and the files are long enough."""
         ends: dict[str, int] = {}
-        for where in self.storage_data.values():
+        for where in metadata.storage_data.values():
             ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
         for name, end in ends.items():
             if Path(name).name != name:
@@ -209,10 +192,10 @@ class CheckpointReader(FileSystemReader):
             with self._open(name) as file:
                 if (size := file.seek(0, io.SEEK_END)) < end:
                     raise self._error(name, f"it has {size} bytes of at least {end}")
-        for key, entry in self.metadata.state_dict_metadata.items():
+        for key, entry in metadata.state_dict_metadata.items():
             chunks: Iterable[Any] = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
             places = [MetadataIndex(key, chunk.offsets) for chunk in chunks] or [MetadataIndex(key)]
-            if any(place not in self.storage_data for place in places):
+            if any(place not in metadata.storage_data for place in places):
                 raise self._error(METADATA, f"it does not say where {key} is")
             if isinstance(entry, TensorStorageMetadata) and sum(prod(c.sizes) for c in chunks) != prod(entry.size):
                 raise self._error(METADATA, f"its parts of {key} do not make up the shape {tuple(entry.size)}")
@@ -247,22 +230,3 @@ class LoadPlannerWithoutPickle(DefaultLoadPlanner):
         for parent in parents:
             place = place[parent]
         place[last] = self._values[read_item.dest_index.fqn]
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not in the metadata of tensors")
-        return super().find_class(module, name)
-
-
-def _checked(metadata: Any) -> Metadata:
-    """Return `metadata`; TypeError unless the attributes that are used have the types that DCP writes."""
-    if not isinstance(metadata, Metadata):
-        raise TypeError(f"it holds {type(metadata).__name__} where Metadata should be")
-    metadata.storage_meta = metadata.storage_meta or StorageMeta()
-    types = {"state_dict_metadata": dict, "storage_data": dict, "storage_meta": StorageMeta}
-    for name, expected in types.items():
-        if not isinstance(value := getattr(metadata, name), expected):
-            raise TypeError(f"it holds {type(value).__name__} where a {expected.__name__} should be")
-    return metadata
