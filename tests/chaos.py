@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from dist_swa import EMA, SWA, Polynomial, ShardedAverage
 from dist_swa.checkpoint import CheckpointFolder, open_checkpoint
@@ -123,8 +124,10 @@ class Chaos:
     newest: int = -1
 
     def go(self, kills: int) -> Figures:
-        while self.figures.kills < kills:
-            self.once(is_spared=False)
+        with tqdm(total=kills, unit="kill", disable=None) as bar:
+            while self.figures.kills < kills:
+                self.once(is_spared=False)
+                bar.update(self.figures.kills - bar.n)
         self.once(is_spared=True)  # what was begun comes to its end
         return self.figures
 

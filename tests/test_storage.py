@@ -52,10 +52,12 @@ class Training:
         return tensors | {f"model {name}": value.clone() for name, value in self.model.state_dict().items()}
 
 
-def save_all(folder: Path) -> dict[str, Tensor]:
+def save_all(folder: Path, save: Callable[..., Any] = checkpoint.save) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         training = Training(wrapper)
-        checkpoint.save(training.state(), folder / wrapper)
+        wait = save(training.state(), folder / wrapper)
+        if wait:
+            wait()
     return training.average.full_state_dict()
 
 
@@ -72,9 +74,13 @@ def load_all(folder: Path) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("saving", "loading"), [(2, 3), (3, 1)])
-def test_loads_on_other_ranks_under_other_wrappers(tmp_path: Path, saving: int, loading: int) -> None:
-    expected = run_on_ranks(save_all, saving, tmp_path)[0]
+@pytest.mark.parametrize(
+    ("saving", "loading", "save"), [(2, 3, checkpoint.save), (3, 1, checkpoint.storage.save_async)]
+)
+def test_loads_on_other_ranks_under_other_wrappers(
+    tmp_path: Path, saving: int, loading: int, save: Callable[..., Any]
+) -> None:
+    expected = run_on_ranks(save_all, saving, tmp_path, save)[0]
     found = run_on_ranks(load_all, loading, tmp_path)[0]
     assert len(found) == len(WRAPPERS) ** 2
     assert all(same_bits(result, expected) for result in found)

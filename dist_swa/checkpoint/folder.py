@@ -66,7 +66,8 @@ class CheckpointFolder:
         """Do as `save`, in a thread: return when the state is copied, and training may go on to change it.
 
         An error in the thread is raised by the next `wait`, `save` or `save_async`, on every rank alike. Call `wait`
-        at the end of the run, before the process group is destroyed. Memory: as `checkpoint.save_async`.
+        at the end of the run, before the process group is destroyed. Memory: a copy on the CPU of all that this rank
+        holds of the state.
         """
         self.wait()
         self._wait = save_async(state, self._place_for(step), process_group=self._group)

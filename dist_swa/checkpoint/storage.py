@@ -1,11 +1,4 @@
-"""Saving and loading checkpoints: torch.distributed.checkpoint (DCP) with checksums, and a reader that runs no code.
-
-A checkpoint is a folder with one `.distcp` file per rank, DCP's `.metadata` and `SHA256SUMS`, the checksums of all of
-them. It is written beside its place and renamed when it is whole, so a killed save leaves no checkpoint behind, only
-a hidden `.<name>.partial`. Plain dcp.load reads it, too, and `sha256sum --check SHA256SUMS` finds damage. Checksums
-are no defence against an attacker, who changes a file and its checksum; against that one, no code of a checkpoint is
-run.
-"""
+"""Saving and loading: torch.distributed.checkpoint (DCP) with checksums, errors that all ranks share, and no pickle."""
 
 from __future__ import annotations
 
