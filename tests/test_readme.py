@@ -48,7 +48,7 @@ def test_the_lines_of_use_run(tmp_path: Path) -> None:
 
 
 def test_its_commands_and_files_are_there() -> None:
-    commands = ["launch/train", "launch/test", "launch/chaos"]
-    for path in [*commands, "tests/benchmarks/update.py", *re.findall(r"\]\(([\w/.]+)\)", README)]:
+    for path in ["launch/train", "launch/test", "tests/benchmarks/update.py", *re.findall(r"\]\(([\w/.]+)\)", README)]:
         assert (ROOT / path).exists(), path
-    assert all(os.access(ROOT / command, os.X_OK) for command in commands)
+    assert os.access(ROOT / "launch/train", os.X_OK)
+    assert os.access(ROOT / "launch/test", os.X_OK)
