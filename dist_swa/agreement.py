@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,6 +39,38 @@ def all_agree(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
         raise error
     if any_failed:
         raise RuntimeError("averaging replicas needs every rank, got an error on another one; see its traceback")
+
+
+@contextmanager
+def all_raise(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Let an error in the body raise on every rank of `group`, the same one everywhere. A collective.
+
+    Slower than `all_agree`, for what is rare: errors travel pickled. Without torch.distributed there is one rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, _portable(error), group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(errors):
+        if other is not None:
+            other.add_note(f"(raised on rank {rank})")
+            raise other
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """Return `error`, or one with its text where it does not pickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def fingerprint(values: Tensor, text: str) -> int:

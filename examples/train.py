@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dist_swa import SWA, recalibrate_batch_norm  # dist_swa: the controller, and the BatchNorm pass
+from dist_swa.checkpoint import CheckpointFolder  # dist_swa: for all of the state; a killed save does no harm
 
 Data = tuple[Tensor, Tensor]  # images, labels
 
@@ -114,15 +114,13 @@ class Run(NamedTuple):
         state = {"model": model, "optimizer": optimizer, "epoch": self.epoch, "history": self.history}
         return state | {"swa": self.swa}  # dist_swa: saved and loaded like all else, on any number of ranks
 
-    def save(self, folder: Path) -> None:
-        path = folder / f"step-{int(self.epoch) * STEPS_PER_EPOCH:06}"
-        dcp.save(self.state_dict(), checkpoint_id=path)  # type: ignore[attr-defined]
+    def save(self, folder: CheckpointFolder) -> None:
+        folder.save(int(self.epoch) * STEPS_PER_EPOCH, self.state_dict())
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the latest complete checkpoint, if there is one: `.metadata` is what a save writes last."""
-        if complete := sorted(folder.glob("step-*/.metadata")):
-            state = self.state_dict()
-            dcp.load(state, checkpoint_id=complete[-1].parent)  # type: ignore[attr-defined]
+    def resume(self, folder: CheckpointFolder) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        state = self.state_dict()
+        if folder.load_latest(state) is not None:
             model, optimizer = state["model"], state["optimizer"]
             put_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
@@ -143,8 +141,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
     history = torch.full((args.epochs, len(ROWS), 2), torch.nan)
     run = Run(model, optimizer, torch.tensor(0), history, swa)
-    if args.checkpoint_dir:
-        run.resume(args.checkpoint_dir)
+    folder = CheckpointFolder(args.checkpoint_dir) if args.checkpoint_dir else None
+    if folder:
+        run.resume(folder)
 
     is_first, done = dist.get_rank() == 0, int(run.epoch)
     bar = tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first)
@@ -166,8 +165,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 recalibrate_batch_norm(model, load_batches(train_data, args.seed, epoch, device))
                 history[epoch, 2] = evaluate(model, test_data, device)
         run.epoch.add_(1)
-        if args.checkpoint_dir and (epoch + 1) % args.checkpoint_every == 0:
-            run.save(args.checkpoint_dir)
+        if folder and (epoch + 1) % args.checkpoint_every == 0:
+            run.save(folder)
     bar.close()
 
     # dist_swa: puts the average into the model, for good, and recalibrates it

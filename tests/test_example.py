@@ -60,18 +60,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same run, ended by SIGTERM while averaging; its last checkpoint was left incomplete."""
+    """The folder of the same run, ended by SIGTERM while averaging; another checkpoint was left incomplete."""
     folder = tmp_path_factory.mktemp("ended")
     with start(folder, "--checkpoint-dir=checkpoints", "--checkpoint-every=2") as process:
         deadline = time.monotonic() + 100
-        while not list(folder.glob("checkpoints/*/.metadata")) and time.monotonic() < deadline:
+        while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.terminate()
         process.communicate()
     assert process.returncode != 0
     assert not (folder / "table.json").exists()
-    shutil.copytree(folder / "checkpoints/step-000056", folder / "checkpoints/step-000999")
-    (folder / "checkpoints/step-000999/.metadata").unlink()
+    shutil.copytree(folder / "checkpoints/step-000000056", folder / "checkpoints/.step-000000999.partial")
+    (folder / "checkpoints/.step-000000999.partial/.metadata").unlink()
     return folder
 
 

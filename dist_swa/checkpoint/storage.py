@@ -1,0 +1,187 @@
+"""Saving and loading: torch.distributed.checkpoint (DCP) with checksums, errors that all ranks share, and no pickle."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.stateful import Stateful
+
+from dist_swa.agreement import all_raise
+from dist_swa.average import ShardedAverage
+from dist_swa.checkpoint.reader import CheckpointReader, LoadPlannerWithoutPickle, open_checkpoint
+from dist_swa.checkpoint.writer import CheckpointWriter
+from dist_swa.swa import SWA
+
+
+def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
+    """Save a state dict, as dcp.save takes it, into the new folder `path`. A collective of `process_group`.
+
+    Entries may be ``Stateful``, nested dicts, tensors, and values that torch.load reads with ``weights_only=True``.
+    Plain tensors are written by the first rank that has them: buffers that differ between ranks are the first rank's.
+    Without a process group, one process saves alone. Memory: one tensor on its way to the CPU.
+
+    Raises FileExistsError where `path` is there already, and OSError where it cannot be written (disk full, no
+    permission), on every rank alike; then no checkpoint appears.
+    """
+    states = _states(state, process_group)
+    writer = CheckpointWriter(Path(path))
+    with writer.cleaned_up(), _plain_errors(), _no_group_is_fine():
+        dcp_save(states, storage_writer=writer, planner=_save_planner(), process_group=process_group)
+
+
+def save_async(
+    state: Mapping[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None
+) -> Callable[[], None]:
+    """Copy the state to the CPU and save it in a thread; return a function that waits for the end.
+
+    Every rank calls both; the second raises what `save` raises. `process_group` needs a CPU backend (gloo), and to be
+    nobody else's while the thread runs: collectives of the training on the same group would mix with those of the
+    save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this rank holds of the
+    state, until the end.
+    """
+    if not dist.is_initialized():
+        save(state, path)
+        return lambda: None
+    states = _states(state, process_group)
+    with all_raise(process_group):
+        staged: Any = _copied(states)
+    writer = CheckpointWriter(Path(path))  # its own stager, too, which need not copy again
+    future: Any = dcp_async_save(staged, storage_writer=writer, planner=_save_planner(), process_group=process_group)
+
+    def wait() -> None:
+        with writer.cleaned_up(), _plain_errors():
+            future.result()
+
+    return wait
+
+
+def load(state: dict[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
+    """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
+
+    For any number of ranks and any wrappers. An entry that is an `SWA` or `ShardedAverage` of which the checkpoint
+    has nothing stays as it is, with one warning: averaging starts anew. A checkpoint by plain dcp.save has no
+    checksums: one warning says that damage inside of tensors is not looked for.
+
+    Raises on every rank alike, and before anything has changed: CheckpointError for a checkpoint that is damaged,
+    incomplete or would run code, ValueError for one that does not fit the state. (Where a file fails while it is read
+    for the second time, part of the state may have been written.) Costs: every file is read once more for its
+    checksum, each by one of the ranks.
+    """
+    with all_raise(process_group):
+        reader = open_checkpoint(path)
+        reader.verify(*_place(process_group))
+        if not reader.has_checksums:
+            warnings.warn(
+                f"{path} was not written by dist_swa.checkpoint: without checksums, damage inside of its tensors goes"
+                " unnoticed",
+                stacklevel=2,
+            )
+        if anew := {key for key, value in state.items() if _is_new_average(key, value, reader)}:
+            warnings.warn(f"{path} has no averaging state under {sorted(anew)}: averaging starts anew", stacklevel=2)
+    states = _states({key: value for key, value in state.items() if key not in anew}, process_group)
+    with all_raise(process_group):
+        for key in states:
+            if isinstance(state[key], SWA | ShardedAverage):
+                _check_average(key, states[key], reader)
+    planner = LoadPlannerWithoutPickle(reader)
+    with _plain_errors(), _no_group_is_fine():
+        dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
+    with all_raise(process_group):
+        for key, loaded in states.items():
+            if isinstance(state[key], Stateful):
+                state[key].load_state_dict(loaded)
+            else:
+                state[key] = loaded
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return the rank of this process, and how many there are."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+
+def _states(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Return the state dicts of what is ``Stateful``, and the rest as it is; in one order, for they may communicate."""
+    with all_raise(group):
+        return {
+            key: value.state_dict() if isinstance(value, Stateful) else value for key, value in sorted(state.items())
+        }
+
+
+def _copied(tree: Any) -> Any:
+    """Return a copy on the CPU; DCP's own stagers fail on what FSDP1 gives, or leave 0-dim DTensors uncopied."""
+    if isinstance(tree, Tensor):
+        with torch.no_grad():
+            return tree.to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return copy.deepcopy(tree)
+
+
+def _is_new_average(entry: str, value: Any, reader: CheckpointReader) -> bool:
+    """Whether `value` is an average of which the checkpoint has nothing."""
+    return isinstance(value, SWA | ShardedAverage) and not any(key.startswith(f"{entry}.") for key in reader.keys)
+
+
+def _check_average(entry: str, state: Mapping[str, Any], reader: CheckpointReader) -> None:
+    """Raise, before anything is read, what `load_state_dict` would raise when model and average have changed."""
+    mine, saved = dict(_leaves(state, entry)), [key for key in reader.keys if key.startswith(f"{entry}.")]
+    for key in (key for key in saved if key.endswith(".format_version") and key in mine):
+        if (version := int(reader.read(key))) > int(mine[key]):
+            raise ValueError(
+                f"load needs format_version <= {int(mine[key])}, got {key}={version} in {reader.folder}; update"
+                " dist_swa"
+            )
+    for key in saved:
+        if ".slots." in key and key not in mine:
+            raise ValueError(
+                f"load needs the model and rule that the checkpoint was averaged with, got {key} in {reader.folder},"
+                " which they do not have; build them as they were"
+            )
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{path}.{key}")
+
+
+def _save_planner() -> SavePlanner:
+    return DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # else DCP mixes the ranks' buffers
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn DCP's exception, which is no ``Exception``, into the first rank's error that is in it."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, cause = min((rank, failure[0]) for rank, failure in error.failures.items())
+        cause.add_note(f"(raised on rank {rank})")
+        raise (cause if isinstance(cause, Exception) else RuntimeError(repr(cause))) from error
+
+
+@contextmanager
+def _no_group_is_fine() -> Iterator[None]:
+    """Silence DCP's warning about a single process without a process group, which is what was asked for."""
+    with warnings.catch_warnings():
+        if not dist.is_initialized():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
