@@ -170,9 +170,10 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float
         with swa.swapped_in(name):  # dist_swa: inside, the model carries this average
             figures[name] = evaluate(model, data, batches)
     swa.finalize()  # dist_swa: puts the average named by `transfer` into the model, for good
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if args.save and dist.get_rank() == 0:
-        torch.save(weights, args.save)
+    if args.save:
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if dist.get_rank() == 0:
+            torch.save(weights, args.save)
     return figures, swa
 
 
@@ -180,16 +181,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     description = "Train a small GPT on the source of Python's standard library and average its weights."
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=2000, help="length of the run")
+    add("--steps", type=int, default=1000, help="length of the run")
     add("--batch", type=int, default=16, help="windows in a global batch")
     add("--context", type=int, default=128, help="bytes in a window")
     add("--layers", type=int, default=3, help="blocks of the model")
     add("--width", type=int, default=128, help=f"of the model, a multiple of {2 * HEAD}")
     add("--lr", type=float, default=3e-3, help="learning rate of AdamW, constant after a tenth of the steps")
     add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
-    add("--swa-start", default="0.6dur", metavar="TIME", help='when averaging starts, as "0.6dur", "500ba"')
-    add("--update-interval", default="10ba", metavar="TIME", help="from one update of the averages to the next")
-    add("--half-life", default="100ba", metavar="TIME", help="of a model's weight in the EMA")
+    add("--swa-start", default="0.8dur", metavar="TIME", help='when averaging starts, as "0.8dur", "500ba"')
+    add("--update-interval", default="5ba", metavar="TIME", help="from one update of the averages to the next")
+    add("--half-life", default="50ba", metavar="TIME", help="of a model's weight in the EMA")
     add("--window", type=int, default=20, metavar="MODELS", help="how many of the last models the window averages")
     add("--save", type=Path, metavar="PATH", help='write the average "swa" here, for GPT(...).load_state_dict')
     add("--eval-batches", type=int, default=1000, help="of held-out text, at most")
