@@ -13,8 +13,10 @@ from torch import nn
 from dist_swa.average import ShardedAverage, check_format
 from dist_swa.batch_norm import recalibrate_batch_norm
 from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
+from dist_swa.norms import find_norms
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
+from dist_swa.shards import unwrap
 
 _FORMAT_VERSION = 1
 
@@ -88,6 +90,8 @@ class SWA:
         self._swa_lr = swa_lr
         self._anneal = (anneal_strategy, anneal_steps)
         self._start_lrs: list[float] = []
+        self._norms = find_norms(unwrap(model)[0])
+        self._frozen: set[str] = set()  # those that did not train at the last update in training mode
 
     @property
     def started(self) -> bool:
@@ -129,11 +133,12 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model, for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them,
-        and layers count as frozen only while the model is in training mode. Every rank calls it: a collective under
-        DDP, and where it recalibrates. Memory: as `swapped_in`. With nothing averaged the model stays as it is, with
-        one warning. Raises ValueError for a model with BatchNorm and no `batches`, what `recalibrate_batch_norm`
-        raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
+        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them.
+        Layers that were frozen at the last update in training mode keep their statistics, whatever mode the model is
+        in now. Every rank calls it: a collective under DDP, and where it recalibrates. Memory: as `swapped_in`. With
+        nothing averaged the model stays as it is, with one warning. Raises ValueError for a model with BatchNorm and
+        no `batches`, what `recalibrate_batch_norm` raises, and RuntimeError where the schedule counts epochs in a run
+        that told of none; nothing has changed then.
         """
         if self.schedule.is_blind_to_epochs:
             raise RuntimeError(
@@ -147,13 +152,14 @@ class SWA:
                 stacklevel=2,
             )
             return
+        options["skip"] = [lambda name, _: name in self._frozen, options.get("skip")]
         with self.swapped_in():  # the statistics are the average's, and nothing has changed if this fails
-            recalibrate_batch_norm(self._model, _no_batches() if batches is None else batches, **options)
+            recalibrate_batch_norm(self._model, _NoBatches() if batches is None else batches, **options)
         self.average.transfer()
         self.schedule.completed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, the position in the schedule and the rates at `swa_start`, all as tensors. Local.
+        """Return the average, the position in the schedule, the rates at `swa_start` and frozen layers. Local.
 
         Raises RuntimeError inside `swapped_in`.
         """
@@ -161,6 +167,7 @@ class SWA:
             "format_version": torch.tensor(_FORMAT_VERSION),
             "average": self.average.state_dict(),
             "schedule": {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()},
+            **({"frozen": torch.tensor([name in self._frozen for name in self._norms])} if self._norms else {}),
             **(
                 {}
                 if self._optimizer is None
@@ -175,6 +182,7 @@ class SWA:
         """
         self.average.require("load_state_dict", outside_of_a_swap=True)
         keys = ["average", "schedule", *(["start_lrs"] if self._optimizer is not None else [])]
+        keys += ["frozen"] if self._norms else []
         check_format(state_dict, _FORMAT_VERSION, keys)
         start_lrs: list[float] = []
         if self._optimizer is not None:
@@ -188,6 +196,9 @@ class SWA:
         self.average.load_state_dict(state_dict["average"])
         self.schedule.load_state_dict({key: value.tolist() for key, value in state_dict["schedule"].items()})
         self._start_lrs = start_lrs if self.started else []
+        if self._norms:
+            frozen = zip(self._norms, state_dict["frozen"].tolist(), strict=True)
+            self._frozen = {name for name, is_frozen in frozen if is_frozen}
 
     def _follow(self, check: Callable[[], Decision]) -> bool:
         """Do what the schedule says after `check`; where that fails, nothing was counted."""
@@ -198,6 +209,8 @@ class SWA:
             decision = check()
             if decision.update:
                 self.average.update(decision.elapsed)
+                if self._model.training:
+                    self._frozen = {name for name, layer in self._norms.items() if not layer.training}
         except Exception:
             self.schedule.load_state_dict(position)
             raise
@@ -216,10 +229,10 @@ class SWA:
         return self._start_lrs or [float("nan")] * len(optimizer.param_groups)
 
 
-def _no_batches() -> Iterator[Any]:
-    """Raise when asked for a batch: the pass then tells all ranks."""
-    raise ValueError(
-        "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
-        " average.transfer() to keep the statistics of the last update"
-    )
-    yield
+class _NoBatches:
+    def __iter__(self) -> Iterator[Any]:
+        """Raise when asked for a batch: the pass then tells all ranks."""
+        raise ValueError(
+            "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
+            " average.transfer() to keep the statistics of the last update"
+        )
