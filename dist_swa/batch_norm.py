@@ -73,12 +73,12 @@ def recalibrate_batch_norm(
     A batch that leaves a layer one value per channel is not counted there, with one warning: the layer normalises it
     with the statistics it had. Layers that no batch reached keep them, with one warning.
 
-    Costs the forwards, float64 copies of the statistics, two small all-reduces of integers, and two of the statistics
-    in each pass, whatever the number of ranks; a sharded model adds one all-reduce of five integers a forward, and
-    sends a batch to ranks that never had one. Raises on every rank, with nothing changed: TypeError or ValueError for
-    arguments that do not fit, ValueError where no rank has a batch, and what a loader or a forward raises on one
-    rank; but from inside a forward that is a collective it raises there alone, since the others wait in it. Why an
-    averaged model needs it: arXiv:1803.05407, section 3.2.
+    Costs the forwards, float64 copies of the statistics, a copy of all buffers, one small all-reduce of integers, and
+    in each pass one more and two of the statistics, whatever the number of ranks; a sharded model adds one all-reduce
+    of five integers a forward, and sends a batch to ranks that never had one. Raises on every rank, with nothing
+    changed: TypeError or ValueError for arguments that do not fit, ValueError where no rank has a batch, and what a
+    loader or a forward raises on one rank; but from inside a forward that is a collective it raises there alone, since
+    the others wait in it. Why an averaged model needs it: arXiv:1803.05407, section 3.2.
     """
     module, ddp = unwrap(model)
     norms = find_norms(module)

@@ -34,13 +34,15 @@ class LayerUnderway:
         self._is_exact = is_exact
         self._is_masked = self._is_single = False
         self._momentum = layer.momentum
-        self._before = [statistic.clone() for statistic in statistics_of(layer)]
+        self._statistics = statistics_of(layer)
+        self._before = [statistic.clone() for statistic in self._statistics]
+        self._count = 0
         self._hooks: list[RemovableHandle] = []
 
     def start(self, is_masked: bool) -> None:
         """Begin a pass. A masked layer gives NaN, which tells those that depend on it from those that do not."""
         self.stop()
-        mean = statistics_of(self.layer)[0]
+        mean, _ = self._statistics
         self.moments = Moments.zeros(mean.numel(), mean.device, not isinstance(self.layer, _BatchNorm))
         self._is_masked = is_masked
         self.layer.training, self.layer.momentum = True, 1.0
@@ -64,36 +66,35 @@ class LayerUnderway:
 
     def write(self) -> None:
         if self.moments.count:
-            mean, variance = statistics_of(self.layer)
+            mean, variance = self._statistics
             mean.copy_(self.moments.mean)
             variance.copy_(self.moments.variance)
             if self.layer.num_batches_tracked is not None:
                 self.layer.num_batches_tracked.fill_(self.moments.num_forwards)
 
     def _look(self, layer: Norm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, num_values = _sizes(layer, _given(args, kwargs))
+        self._count, num_values = _sizes(layer, _given(args, kwargs))
         self._is_single = num_values == 1
         if self._is_single:
             layer.training = False
             self._restore()
 
     def _add(self, layer: Norm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = _given(args, kwargs)
-        count, _ = _sizes(layer, given)
         if self._is_single:
             layer.training = True
             self._clear()
             self.moments.num_skipped += self.is_counted
-        elif count and self.is_counted:
-            self.moments.add(count, *(_exact_moments(layer, given) if self._is_exact else statistics_of(layer)))
+        elif self._count and self.is_counted:
+            found = _exact_moments(layer, _given(args, kwargs)) if self._is_exact else self._statistics
+            self.moments.add(self._count, *found)
         return torch.full_like(output, torch.nan) if self._is_masked else None
 
     def _clear(self) -> None:
-        for statistic in statistics_of(self.layer):
+        for statistic in self._statistics:
             statistic.zero_()  # 0 times a NaN would stay
 
     def _restore(self) -> None:
-        for statistic, values in zip(statistics_of(self.layer), self._before, strict=True):
+        for statistic, values in zip(self._statistics, self._before, strict=True):
             statistic.copy_(values)
 
 

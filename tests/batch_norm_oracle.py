@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 WRAPPERS = ("plain", "ddp", "fsdp1", "fsdp2")
-SHARDED = ("fsdp1", "fsdp2")
+SHARDED = ("fsdp1", "fsdp2", "hsdp")
 ULP = 2**-23  # of float32, relative
 HANG_S = 20.0
 Norms = (_BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -42,6 +42,10 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
         for _, child in children:
             fully_shard(child)
         fully_shard(model)
+    if wrapper == "hsdp":
+        inner = 2 if dist.get_world_size() % 2 == 0 else 1
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // inner, inner), mesh_dim_names=("outer", "inner"))
+        fully_shard(model, mesh=mesh)
     if wrapper in ("tp", "fsdp2+tp"):  # of `build()`
         ranks = dist.get_world_size()
         outer = 2 if wrapper == "fsdp2+tp" and ranks % 2 == 0 else 1

@@ -51,7 +51,7 @@ def forward_of_sample(module: nn.Module, sample: Sample) -> None:
 @on_ranks(1, 2, 3, 4, timeout_s=2 * HANG_S)
 def test_ranks_may_have_other_numbers_of_batches_and_none() -> None:
     batches = batches_of(7)
-    for wrapper in WRAPPERS:
+    for wrapper in (*WRAPPERS, "hsdp"):
         for layerwise in (False, True):
             model = wrap(build(), wrapper)
             calls: list[Sample] = []
