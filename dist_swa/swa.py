@@ -209,7 +209,7 @@ class SWA:
             decision = check()
             if decision.update:
                 self.average.update(decision.elapsed)
-                if self._model.training:
+                if unwrap(self._model)[0].training:
                     self._frozen = {name for name, layer in self._norms.items() if not layer.training}
         except Exception:
             self.schedule.load_state_dict(position)

@@ -1,6 +1,8 @@
 """Uneven loaders, what is skipped or frozen, and recalibration inside of a swap and at the end of a run."""
 
+import contextlib
 import dataclasses
+import io
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,7 @@ from batch_norm_oracle import (
     scale,
     statistics,
     uneven,
+    unwrapped,
     weights,
     wrap,
 )
@@ -152,7 +155,7 @@ def test_swa_remembers_which_layers_were_frozen(tmp_path: Any) -> None:
             norms(model)["0.1"].eval()
             before = statistics(model)
             assert swa.step()
-            model.eval()  # an evaluation
+            unwrapped(model).eval()  # an evaluation; DDP's own flag stays
             assert swa.step()  # an update in evaluation mode tells nothing
             if resumed:
                 state = swa.state_dict()
@@ -237,6 +240,13 @@ def test_a_progress_bar_on_the_first_rank(capsys: pytest.CaptureFixture[str]) ->
         shown = capsys.readouterr().err
         assert expected in shown
         assert bool(shown) == bool(expected)
+
+
+@on_ranks(2)
+def test_other_ranks_show_no_progress_bar() -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        recalibrate_batch_norm(build(), batches_of(4), progress=True)
+    assert ("4/4" in shown.getvalue()) == bool(shown.getvalue()) == (dist.get_rank() == 0)
 
 
 # The average: of `build()` and three times its weights, so twice its weights
