@@ -294,6 +294,15 @@ def test_a_layer_with_nothing_but_one_value_per_channel_stays() -> None:
         assert torch.equal(outputs[0], layer.eval()(given))
 
 
+def test_statistics_that_were_not_finite_do_not_come_back_with_one_value() -> None:
+    layer, batches = nn.BatchNorm1d(3), [random(4, 3), random(1, 3), random(5, 3)]
+    for statistic in (layer.running_mean, layer.running_var):
+        cast(Tensor, statistic).fill_(torch.nan)
+    with pytest.warns(UserWarning, match="one value per channel: 0$"):
+        recalibrate_batch_norm(nn.Sequential(layer), batches)
+    assert has_statistics_of(layer, [batches[0], batches[2]])
+
+
 # Precisions, compilers
 
 
