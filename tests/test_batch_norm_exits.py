@@ -156,9 +156,9 @@ def exits(wrapper: str) -> dict[str, Exit]:
             RuntimeError,
         ),
         "layer by layer": (good, {"layerwise": True}, None, None),
-        "shrinking layer by layer": (Shrinking(good), {"layerwise": True}, ValueError, ValueError),
+        "shrinking layer by layer": (Shrinking(good * 2), {"layerwise": True}, ValueError, ValueError),
         "shrinking layer by layer on one": (
-            Shrinking(good) if last else good,
+            Shrinking(good * 2) if last else good,
             {"layerwise": True},
             ValueError,
             RuntimeError,
