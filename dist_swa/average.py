@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_swa.foreach import lerp, plan
-from dist_swa.model import ModelShards, NamePattern
+from dist_swa.model import ModelShards
+from dist_swa.names import NamePattern
 from dist_swa.rules import Elapsed, Equal, Rule
 from dist_swa.track import Track, check_keys
 
@@ -32,8 +33,8 @@ class ShardedAverage:
         rule: how much each model weighs, see `dist_swa.rules`; or several averages, as ``{"swa": Equal(), "ema":
             EMA(decay=0.999)}``: they are updated together, in one walk over the parameters, and the methods below
             take the `name` of one of them.
-        parameters: which of the trainable parameters are averaged: a pattern for FQNs as "head.*" (see `fnmatch`), a
-            list of patterns, or a function of the FQN. The others stay trained ones when the average is swapped in.
+        parameters: which of the trainable parameters are averaged: a pattern of FQNs as "head.*" (see `fnmatch`), a
+            function of the FQN, or several. The others stay trained ones when the average is swapped in.
         dtype: of the average; anything below float32 loses small updates (an EMA in bfloat16 never moves).
         device: of the average; default: where the parameters are.
         buffers: "copy": the average has the buffers of the model at the last update. "average": it has their average

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from operator import length_hint
@@ -21,10 +20,9 @@ from tqdm import tqdm
 from dist_swa.agreement import fingerprint
 from dist_swa.forwards import Forward, Ranks, call, prepared, run_forwards
 from dist_swa.moments import merge_ranks
+from dist_swa.names import NamePattern, select
 from dist_swa.norms import LayerUnderway, Norm, find_norms, local_sync_batch_norm, statistics_of
 from dist_swa.shards import find_fsdp_modules, forward_groups, reshard, unwrap
-
-Skip = str | Callable[[str, nn.Module], bool] | Sequence["Skip | None"]
 
 
 def recalibrate_batch_norm(
@@ -35,7 +33,7 @@ def recalibrate_batch_norm(
     max_batches: int | None = None,
     layerwise: bool = False,
     exact: bool = False,
-    skip: Skip | None = None,
+    skip: NamePattern | None = None,
     process_group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> None:
@@ -65,7 +63,7 @@ def recalibrate_batch_norm(
             moments of torch's own forward are merged: variances were within 2e-6 of the true ones where |mean|/std is
             at most 10, within 3e-4 at 1e5, and there within 4e-3 for inputs in channels_last or without spatial dims,
             which torch sums one after the other.
-        skip: layers to leave alone: a pattern of FQNs ("backbone.*"), a function of FQN and layer, or several of them.
+        skip: layers to leave alone: a pattern of FQNs ("backbone.*"), a function of the FQN, or several of them.
         process_group: the ranks to merge; default: DDP's own group, or all ranks. Under tensor parallelism, where a
             group of ranks has the same batches, pass the data-parallel group, or each sample counts on each.
         progress: whether the first rank shows a progress bar.
@@ -198,9 +196,9 @@ def _check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bo
         )
 
 
-def _chosen(module: nn.Module, norms: Mapping[str, Norm], skip: Skip | None) -> dict[str, Norm]:
+def _chosen(module: nn.Module, norms: Mapping[str, Norm], skip: NamePattern | None) -> dict[str, Norm]:
     """Return the layers that are neither frozen nor to be skipped."""
-    skipped = _skipped(norms, skip)
+    skipped = set() if skip is None else select(norms, skip, "skip")
     chosen = {n: layer for n, layer in norms.items() if n not in skipped and (layer.training or not module.training)}
     for name, layer in chosen.items():
         if is_lazy(statistics_of(layer)[0]) or statistics_of(layer)[0].is_meta:
@@ -208,21 +206,6 @@ def _chosen(module: nn.Module, norms: Mapping[str, Norm], skip: Skip | None) -> 
                 f"recalibrate_batch_norm needs statistics with values, got none in {name!r}; materialise the model"
             )
     return chosen
-
-
-def _skipped(norms: Mapping[str, Norm], skip: Skip | None) -> set[str]:
-    if skip is None:
-        return set()
-    if isinstance(skip, str):
-        names = {name for name in norms if fnmatchcase(name, skip)}
-        if not names:
-            raise ValueError(f"skip needs a pattern of a BatchNorm layer's name, got {skip=}; there are {list(norms)}")
-        return names
-    if callable(skip):
-        return {name for name, layer in norms.items() if skip(name, layer)}
-    if isinstance(skip, Sequence):
-        return set().union(*(_skipped(norms, part) for part in skip))
-    raise TypeError(f"skip needs a pattern, a function of name and layer, or several, got {skip=}; leave it out")
 
 
 def _agree_on_layers(layers: Iterable[str], layerwise: bool, error: Exception | None, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from dist_swa.average import ShardedAverage, named_rules
 from dist_swa.batch_norm import recalibrate_batch_norm
 from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
-from dist_swa.model import NamePattern
+from dist_swa.names import NamePattern
 from dist_swa.norms import find_norms
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
@@ -176,7 +176,8 @@ class SWA:
                 stacklevel=2,
             )
             return
-        options["skip"] = [lambda name, _: name in self._frozen, options.get("skip")]
+        skip = options.pop("skip", None)
+        options["skip"] = [self._frozen.__contains__, *([] if skip is None else [skip])]
         with self.swapped_in():  # the statistics are the average's, and nothing has changed if this fails
             if batches is not None or not self.average.averages_buffers:
                 recalibrate_batch_norm(self._model, _NoBatches() if batches is None else batches, **options)

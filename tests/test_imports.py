@@ -14,7 +14,7 @@ import dist_swa
 ROOT = Path(dist_swa.__file__).parent
 # A file imports only files that stand above it; `integrations` stands for all the files of that folder.
 ORDER = [
-    *("rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
+    *("names", "rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
     *("moments", "norms", "forwards", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
     *("checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
@@ -57,7 +57,7 @@ def test_a_file_imports_only_files_above_it(file: str) -> None:
     assert [name for name in own if place(file_of(name)) >= mine] == []
 
 
-@pytest.mark.parametrize("file", ["rules", "schedule"])
+@pytest.mark.parametrize("file", ["names", "rules", "schedule"])
 def test_rules_and_schedule_need_python_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= sys.stdlib_module_names
 

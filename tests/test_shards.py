@@ -55,9 +55,13 @@ def test_only_the_selected_parameters_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("selection", "error", "message"),
     [
-        (3, TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; see fnmatch"),
-        (["up.*", 3], TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=\['up.\*', 3\]"),
-        ("head.*", ValueError, r"is selected by `parameters`, got none among num_parameters=9, num_trainable=8; set"),
+        (3, TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; leave it out"),
+        (["up.*", 3], TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; leave it out"),
+        (
+            "head.*",
+            ValueError,
+            r"parameters needs a pattern that a name matches, got parameters='head.\*'; as one_",
+        ),
         ("frozen", ValueError, r"is selected by `parameters`, got none among num_parameters=9, num_trainable=8; set"),
         ([], ValueError, r"is selected by `parameters`, got none among num_parameters=9"),
     ],
