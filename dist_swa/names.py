@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import Union
+from typing import TypeAlias
 
-NamePattern = Union[str, Callable[[str], bool], Sequence["NamePattern"]]
+NamePattern: TypeAlias = "str | Callable[[str], bool] | Sequence[NamePattern]"
 """A shell-style pattern of dotted names ("head.*"), a function of a name, or several of them."""
 
 
