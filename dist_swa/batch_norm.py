@@ -22,7 +22,7 @@ from dist_swa.forwards import Forward, Ranks, call, prepared, run_forwards
 from dist_swa.moments import merge_ranks
 from dist_swa.names import NamePattern, select
 from dist_swa.norms import LayerUnderway, Norm, find_norms, local_sync_batch_norm, statistics_of
-from dist_swa.shards import find_fsdp_modules, forward_groups, reshard, unwrap
+from dist_swa.shards import find_fsdp_modules, forward_groups, reshard, unwrap, write_into
 
 
 def recalibrate_batch_norm(
@@ -175,8 +175,7 @@ def _unchanged(module: nn.Module, layers: Iterable[LayerUnderway]) -> Iterator[N
         for part, name, buffer, values in buffers:
             if getattr(part, name, None) is not buffer:
                 setattr(part, name, buffer)
-            if buffer.dtype != values.dtype or not torch.equal(buffer, values):
-                buffer.copy_(values)
+            write_into(buffer, values)
         reshard(find_fsdp_modules(module))
 
 

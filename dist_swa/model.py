@@ -29,6 +29,7 @@ from dist_swa.shards import (
     kept_buffers,
     reshard,
     unwrap,
+    write_into,
 )
 
 
@@ -143,7 +144,7 @@ class ModelShards:
         """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
         for shard, average in zip(self.averaged, averages, strict=True):
             whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
-            shard.write(whole)
+            write_into(shard.held, whole)
 
     def written_once(self, shard: LocalShard, local: Tensor) -> Tensor:
         """Return the whole of it so that the first rank's goes into a checkpoint, from which all ranks read.
@@ -173,7 +174,7 @@ class ModelShards:
             self.reshard()
             with torch.no_grad():
                 for shard, held in values:
-                    shard.write(held)
+                    write_into(shard.held, held)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""

@@ -86,12 +86,6 @@ class LocalShard:
         """The part of it that this rank averages, on its own storage."""
         return self.held if self.rows is None else self.held[self.rows]
 
-    def write(self, values: Tensor) -> None:
-        """Copy `values` into all that this rank holds of it. An expanded buffer stays: it cannot be written."""
-        held = self.held
-        if all(stride or size == 1 for stride, size in zip(held.stride(), held.shape, strict=True)):
-            held.copy_(values)
-
     def is_same_as(self, other: LocalShard | None) -> bool:
         """Whether `other` has the same names, shape and placements."""
         if other is None or self.names != other.names or self.shape != other.shape:
@@ -146,6 +140,12 @@ def is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullyShar
         any(any(mesh.get_coordinate() or ()) for mesh in meshes)
         or any(group is not None and dist.get_rank(group) for group in replicas)
     )
+
+
+def write_into(target: Tensor, values: Tensor) -> None:
+    """Copy `values` into `target`. An expanded one stays: it cannot be written."""
+    if all(stride or size == 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+        target.copy_(values)
 
 
 class Unwritten(Tensor):

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_swa.foreach import lerp, mean, plan
 from dist_swa.model import ModelShards
 from dist_swa.rules import Rule
-from dist_swa.shards import LocalShard
+from dist_swa.shards import LocalShard, write_into
 
 _FORMAT_VERSION = 1
 _RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes
@@ -73,7 +73,7 @@ class Track:
     def write_buffers(self) -> None:
         """Copy the buffers that model and average share into the model."""
         for shard in self._shared_buffers():
-            shard.write(self.buffers[shard.name])
+            write_into(shard.held, self.buffers[shard.name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors only, on the average's own storage (but see `LocalShard.whole`)."""

@@ -89,7 +89,7 @@ def forward_of_field(module: nn.Module, batch: Any) -> None:
     module(batch.given)
 
 
-def raising_skip(name: str, layer: nn.Module) -> bool:
+def raising_skip(name: str) -> bool:
     raise LoaderError
 
 

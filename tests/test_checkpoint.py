@@ -85,24 +85,32 @@ class Buffers(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
-def buffers_survive(folder: Path, wrapper: str) -> bool:
+def buffers_survive(folder: Path, wrapper: str, buffers: str) -> bool:
     averages = []
     for _ in range(2):
         model = wrap(Buffers(), wrapper)
         for i, buffer in enumerate(model.buffers()):  # after the wrapper: DDP makes them equal
             buffer.fill_(10 * i + dist.get_rank())
-        averages.append(ShardedAverage(model, process_group=group_of(wrapper)))
+        averages.append(ShardedAverage(model, buffers=buffers, process_group=group_of(wrapper)))
         averages[-1].update()
     saved, loaded = averages
     save_checkpoint({"swa": saved}, checkpoint_id=folder / wrapper)
     load_checkpoint({"swa": loaded}, checkpoint_id=folder / wrapper)
     loaded.transfer()  # into the model of the last round
-    return all(buffer.eq(10 * i).all() for i, buffer in enumerate(model.buffers()))
+    found = [bool(buffer.eq(10 * i).all()) for i, buffer in enumerate(model.buffers())]
+    for buffer in model.buffers():
+        buffer.zero_()
+    loaded.update()  # averages on from what was loaded, or copies
+    loaded.transfer()
+    share = 5 if buffers == "average" else 0
+    found += [bool(buffer.eq(share * i).all()) for i, buffer in enumerate(model.buffers()) if buffer.ndim]
+    return all(found)
 
 
+@pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp", "group"])
-def test_buffers_are_rank_0s_on_every_rank(tmp_path: Path, wrapper: str) -> None:
-    assert all(run_on_ranks(buffers_survive, 4, tmp_path, wrapper))
+def test_buffers_are_rank_0s_on_every_rank(tmp_path: Path, wrapper: str, buffers: str) -> None:
+    assert all(run_on_ranks(buffers_survive, 4, tmp_path, wrapper, buffers))
 
 
 class State:

@@ -89,9 +89,10 @@ def test_what_is_not_selected_may_be_frozen_and_unfrozen() -> None:
 
 @on_ranks(2)
 def test_replicas_that_select_other_parameters_are_refused() -> None:
-    selection = "up.*" if dist.get_rank() else "down.*"
-    with pytest.raises(ValueError, match="replicas need the same names, shapes and values"):
-        ShardedAverage(wrap(build(), "ddp"), parameters=selection)
+    for selections in (("up.*", "down.*"), ("up.weight", "up.*")):  # the second: in the same order
+        model = nn.ModuleDict({"up": nn.Linear(2, 2), "down": nn.Linear(2, 2)})
+        with pytest.raises(ValueError, match="replicas need the same names, shapes and values"):
+            ShardedAverage(wrap(model, "ddp"), parameters=selections[dist.get_rank()])
 
 
 @on_ranks(1, 3, 4)
