@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from dist_swa import Equal, ShardedAverage
 from models import WRAPPERS, Net, build, group_of, trajectory, wrap, write
 from ranks import on_ranks
+from test_average import live_bytes
 
 SELECTIONS: list[tuple[Any, set[str]]] = [
     ("down.*", {"down.weight", "down.bias"}),
@@ -85,6 +86,17 @@ def test_what_is_not_selected_may_be_frozen_and_unfrozen() -> None:
     model.down.weight.requires_grad_()
     with pytest.raises(ValueError, match=r"needs frozen parameters to stay .* now for parameter='down.weight'; build"):
         selected_later.update()
+
+
+@on_ranks(2)
+def test_frozen_parameters_cost_no_memory() -> None:
+    for wrapper in ("plain", "group", "ddp", "fsdp1", "fsdp2"):
+        model = nn.Sequential(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 2, bias=False))
+        wrapped = wrap(model, wrapper)
+        before = live_bytes()
+        average = ShardedAverage(wrapped, process_group=group_of(wrapper))
+        assert live_bytes() - before < 4 * 64 * 2 + 1024, wrapper  # the frozen ones: 8 KiB on each of two ranks
+        assert set(average.state_dict()["slots"]["0"]) == {"1.weight"}
 
 
 @on_ranks(2)
