@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from operator import index
@@ -74,14 +75,14 @@ class Schedule:
         interval: str,
         max_duration: str | None = None,
         steps_per_epoch: int | None = None,
-        rule_unit: str | None = None,
+        rule_units: Iterable[str] = (),
     ) -> None:
         self.max_duration = None if max_duration is None else Time.parse(max_duration, "max_duration")
         self.start = Time.parse(start, "swa_start")
         self.end = None if end is None else Time.parse(end, "swa_end")
         self.interval = Time.parse(interval, "update_interval")
         self.steps_per_epoch = steps_per_epoch
-        self.rule_unit = rule_unit
+        self.rule_units = frozenset(rule_units)
         self._check_arguments()
         self.now = Progress()
         self.first_update: Progress | None = None
@@ -113,10 +114,9 @@ class Schedule:
 
     @property
     def units(self) -> set[str]:
-        """The units that the schedule and the rule read, "dur" resolved into that of `max_duration`."""
+        """The units that the schedule and the rules read, "dur" resolved into that of `max_duration`."""
         units = {time.unit for time in (self.start, self.end, self.interval) if time is not None}
-        if self.rule_unit is not None:
-            units.add(self.rule_unit)
+        units |= self.rule_units
         if "dur" in units and self.max_duration is not None:
             units = units - {"dur"} | {self.max_duration.unit}
         return units
@@ -125,6 +125,13 @@ class Schedule:
     def is_blind_to_epochs(self) -> bool:
         """Whether the schedule reads epochs in a run that never told where they end."""
         return "ep" in self.units and self.steps_per_epoch is None and self.now.epochs == 0
+
+    def postpone(self, before: Mapping[str, list[int]]) -> None:
+        """Take back the update of the last check, which came after the state `before`; the next check asks again."""
+        first_update = before["first_update"]
+        completed = [int(self.completed and first_update[0] >= 0)]  # nothing was averaged: nothing is complete
+        kept = {"first_update": first_update, "last_update": before["last_update"], "completed": completed}
+        self.load_state_dict(self.state_dict() | kept)
 
     def state_dict(self) -> dict[str, list[int]]:
         """Return the position, as whole numbers; an update that never was is -1."""
@@ -136,7 +143,7 @@ class Schedule:
             "completed": [int(self.completed)],
         }
 
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
         """Take the position from `state`; start, end and interval stay the constructor's."""
         now, first, last = (Progress(*state[key]) for key in ("now", "first_update", "last_update"))
         self.now = now

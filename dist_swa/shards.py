@@ -19,9 +19,10 @@ So every reader and writer of shards reshards first, and a swap does so again be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -38,8 +39,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from dist_swa.agreement import all_agree, check_replicas, fingerprint
+from dist_swa.agreement import agreed_max, all_agree, check_replicas, fingerprint
 
+NamePattern = str | Sequence[str] | Callable[[str], bool]
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -89,6 +91,12 @@ class LocalShard:
         """The part of it that this rank averages, on its own storage."""
         return self.held if self.rows is None else self.held[self.rows]
 
+    def write(self, values: Tensor) -> None:
+        """Copy `values` into all that this rank holds of it. An expanded buffer stays: it cannot be written."""
+        held = self.held
+        if all(stride or size == 1 for stride, size in zip(held.stride(), held.shape, strict=True)):
+            held.copy_(values)
+
     def is_same_as(self, other: LocalShard | None) -> bool:
         """Whether `other` has the same names, shape and placements."""
         if other is None or self.names != other.names or self.shape != other.shape:
@@ -136,14 +144,20 @@ class LocalShard:
 
 
 class ModelShards:
-    """This rank's shards of a model: the trainable parameters, which are averaged, the frozen ones, the buffers.
+    """This rank's shards of a model: the averaged parameters (trainable and selected), the others, the buffers.
 
     Where the parameters are replicated over a group, construction is a collective of that group: it checks that
     names, shapes and values agree.
     """
 
-    def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        process_group: dist.ProcessGroup | None = None,
+        parameters: NamePattern | None = None,
+    ) -> None:
         self.module, self._ddp = unwrap(model)
+        self._selects = name_matcher(parameters, "parameters")
         if self._ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
         self._group = process_group if self._ddp is None else self._ddp.process_group
@@ -158,13 +172,14 @@ class ModelShards:
         with self.all_agree():
             self._capture()
         if self._replica_mesh is not None:
-            shards = self._parameters
-            names = [shard.name for shard in shards]
+            shards = [(shard, True) for shard in self.averaged] + [(shard, False) for shard in self.others]
+            names = [shard.name for shard, _ in shards]
             fingerprints = [
-                fingerprint(shard.held, f"{shard.names} {tuple(shard.shape)} {shard.is_trainable}") for shard in shards
+                fingerprint(shard.held, f"{shard.names} {tuple(shard.shape)} {is_averaged}")
+                for shard, is_averaged in shards
             ]
             check_replicas(names, fingerprints, self._replica_mesh.get_group(), self._device)
-        self.is_first_rank = _is_first_rank(self._parameters, self._flat_meshes)
+        self.is_first_rank = _is_first_rank([*self.averaged, *self.others], self._flat_meshes)
 
     def _capture(self) -> None:
         self.reshard()
@@ -181,12 +196,14 @@ class ModelShards:
             if isinstance(module, FullyShardedDataParallel) and module._handle and module.process_group
         }
         shards = self._find_parameters()
-        self.averaged = [shard for shard in shards if shard.is_trainable]
-        self.frozen = [shard for shard in shards if not shard.is_trainable]
+        self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
+        self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
         if not self.averaged:
+            num_trainable = sum(shard.is_trainable for shard in shards)
             raise ValueError(
-                f"ShardedAverage needs a parameter that requires a gradient, got none among"
-                f" num_parameters={len(self.frozen)}; set requires_grad first"
+                f"ShardedAverage needs a parameter that requires a gradient and is selected by `parameters`, got none"
+                f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
+                " model.named_parameters()"
             )
         self.buffers = _find(self.module, "_buffers")
         self._seen = self._look()
@@ -196,8 +213,9 @@ class ModelShards:
         return next(self.module.parameters(), torch.empty(0)).device
 
     @property
-    def _parameters(self) -> list[LocalShard]:
-        return [*self.averaged, *self.frozen]
+    def everything(self) -> list[LocalShard]:
+        """Every parameter and buffer."""
+        return [*self.averaged, *self.others, *self.buffers]
 
     def all_agree(self) -> AbstractContextManager[None]:
         """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
@@ -213,21 +231,21 @@ class ModelShards:
         """
         self.reshard()
         now = {shard.name: shard for shard in self._find_parameters()}
-        before = {shard.name: shard for shard in self._parameters}
+        before = {shard.name: shard for shard in [*self.averaged, *self.others]}
         for name in [*before, *now]:
             if name not in now or not now[name].is_same_as(before.get(name)):
                 raise ValueError(
                     "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
                 )
-        for shard in self.frozen:
-            if now[shard.name].is_trainable:
+        for shard in self.others:
+            if self._is_to_be_averaged(now[shard.name]):
                 raise ValueError(
                     "ShardedAverage needs frozen parameters to stay frozen, got requires_grad=True now for"
                     f" parameter={shard.name!r}; build the average once all trained parameters require gradients"
                 )
         self.averaged = [now[shard.name] for shard in self.averaged]
-        self.frozen = [now[shard.name] for shard in self.frozen]
+        self.others = [now[shard.name] for shard in self.others]
         self.buffers = _find(self.module, "_buffers")
         self._seen = self._look()
 
@@ -240,7 +258,7 @@ class ModelShards:
         """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
         for shard, average in zip(self.averaged, averages, strict=True):
             whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
-            shard.held.copy_(whole)
+            shard.write(whole)
 
     def written_once(self, shard: LocalShard, local: Tensor) -> Tensor:
         """Return the whole of a buffer so that the first rank's goes into a checkpoint, from which all ranks read.
@@ -252,14 +270,28 @@ class ModelShards:
         return shard.whole(local)
 
     @contextmanager
-    def kept_ddp_state(self) -> Iterator[None]:
-        """Give back what a forward without a backward changes in DDP: whether its next forward broadcasts buffers."""
+    def kept_state(self) -> Iterator[None]:
+        """Give back, on exit, the parameters that are averaged, all buffers, and what a forward changes in DDP.
+
+        Local. Takes a copy of them.
+        """
+        with torch.no_grad():
+            values = [(shard, shard.held.clone()) for shard in [*self.averaged, *self.buffers]]
+        owners = [(part._buffers, dict(part._buffers)) for part in self.module.modules()]
+        # A forward under no_grad clears DDP's flag, and the next one would not broadcast buffers.
         syncs = self._ddp is None or self._ddp.require_forward_param_sync
         try:
             yield
         finally:
             if self._ddp is not None:
                 self._ddp.require_forward_param_sync = syncs
+            self.reshard()
+            for buffers, before in owners:  # a forward may have put other tensors there
+                buffers.clear()
+                buffers.update(before)
+            with torch.no_grad():
+                for shard, held in values:
+                    shard.write(held)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
@@ -268,6 +300,23 @@ class ModelShards:
             for name, module in self.module.named_modules(remove_duplicate=False)
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
+
+    def is_finite(self) -> bool:
+        """Whether no rank's averaged shard holds NaN or inf now. One small all-reduce for each axis of the meshes."""
+        self.reshard()
+        held = [shard.local for shard in self.averaged if shard.local.numel()]
+        held = [torch.view_as_real(local) if local.is_complex() else local for local in held]
+        largest = torch._foreach_norm(held, torch.inf) if held else []
+        is_finite = [value.isfinite().to(self._device) for value in largest]
+        num_bad = int(bool(held) and not torch.stack(is_finite).all())
+        meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
+        axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
+        for group, device_type in axes.items():
+            (num_bad,) = agreed_max([num_bad], group, torch.device(device_type))
+        return num_bad == 0
+
+    def _is_to_be_averaged(self, shard: LocalShard) -> bool:
+        return shard.is_trainable and any(self._selects(name) for name in shard.names)
 
     def _find_parameters(self) -> list[LocalShard]:
         prefixes = {module: name for name, module in self.module.named_modules()}
@@ -280,7 +329,7 @@ class ModelShards:
 
     def _look(self) -> tuple[list[Any], ...]:
         """Return what tells whether the model still consists of the same tensors on the same storage."""
-        held = [shard.owner.get(shard.key) for shard in chain(self.averaged, self.frozen)]
+        held = [shard.owner.get(shard.key) for shard in chain(self.averaged, self.others)]
         parameters = [
             (id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in held if t is not None
         ]
@@ -307,6 +356,24 @@ class _Unwritten(Tensor):
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         return self.as_subclass(Tensor)
+
+
+def name_matcher(pattern: NamePattern | None, argument: str) -> Callable[[str], bool]:
+    """Return what tells whether an FQN is meant by the argument: a shell-style pattern, several, a function, or None.
+
+    None means all names. Raises TypeError for anything else.
+    """
+    if pattern is None:
+        return lambda name: True
+    if callable(pattern):
+        return pattern
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(
+            f"{argument} needs a pattern such as 'head.*', a list of them or a function of a name, got"
+            f" {argument}={pattern!r}; see fnmatch"
+        )
+    return lambda name: any(fnmatchcase(name, one) for one in patterns)
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from dist_swa.average import ShardedAverage, check_format
+from dist_swa.average import ShardedAverage, named_rules
 from dist_swa.batch_norm import recalibrate_batch_norm
 from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
-
-_FORMAT_VERSION = 1
+from dist_swa.shards import NamePattern
+from dist_swa.track import check_keys
 
 
 class SWA:
@@ -39,7 +40,11 @@ class SWA:
         update_interval: from one update to the next.
         schedule_swa_lr: whether the learning rate is set from `swa_start` on: to `swa_lr`, in `anneal_steps` updates
             along `anneal_strategy` ("linear", "cosine"), or, with ``swa_lr=None``, held where it is.
-        rule, dtype, device, buffers: see `ShardedAverage`, which also says what memory the average takes.
+        rule, parameters, dtype, device, buffers, process_group: see `ShardedAverage`, also for the memory they take.
+        transfer: the name of the average that goes into the model, where `rule` gives several.
+        skip_nonfinite: whether an update is refused, on all ranks alike, while any rank's shard holds NaN or inf. It
+            stays due, so the next check asks again; the first refusal warns, `num_skipped` counts them. Costs one
+            more read of the shards and one small all-reduce (two under HSDP, and FSDP2 with TP) per update.
 
     Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is.
     The method: arXiv:1803.05407, section 3.
@@ -59,10 +64,14 @@ class SWA:
         swa_lr: float | None = None,
         anneal_strategy: str = "linear",
         anneal_steps: int = 10,
-        rule: Rule = Equal(),
+        rule: Rule | Mapping[str, Rule] = Equal(),
+        transfer: str | None = None,
+        parameters: NamePattern | None = None,
+        skip_nonfinite: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         buffers: str = "copy",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.schedule = Schedule(
             start=swa_start,
@@ -70,7 +79,7 @@ class SWA:
             interval=update_interval,
             max_duration=max_duration,
             steps_per_epoch=steps_per_epoch,
-            rule_unit=getattr(rule, "unit", None),
+            rule_units=[unit for one in named_rules(rule).values() if (unit := one.unit)],
         )
         if optimizer is not None and not hasattr(optimizer, "param_groups"):
             raise TypeError(
@@ -81,7 +90,19 @@ class SWA:
             raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
         if schedule_swa_lr and optimizer is None:
             raise ValueError("schedule_swa_lr needs an optimizer, got optimizer=None; pass the optimizer")
-        self.average = ShardedAverage(model, rule, dtype=dtype, device=device, buffers=buffers)
+        self.average = ShardedAverage(
+            model,
+            rule,
+            parameters=parameters,
+            dtype=dtype,
+            device=device,
+            buffers=buffers,
+            process_group=process_group,
+        )
+        self.average.track("SWA(transfer=...)", transfer)
+        self.num_skipped = 0
+        self._transferred = transfer
+        self._skips_nonfinite = skip_nonfinite
         self._model = model
         self._optimizer = optimizer
         self._schedules_lr = schedule_swa_lr
@@ -122,9 +143,12 @@ class SWA:
         self.average.require("end_epoch", outside_of_a_swap=True)
         return self._follow(self.schedule.end_epoch)
 
-    def swapped_in(self) -> AbstractContextManager[None]:
-        """Let the model carry the average inside the ``with``: `ShardedAverage.swapped_in`."""
-        return self.average.swapped_in()
+    def swapped_in(self, name: str | None = None) -> AbstractContextManager[None]:
+        """Let the model carry the average inside the ``with``: `ShardedAverage.swapped_in`.
+
+        `name`: of one of several averages; default: of the one that goes into the model.
+        """
+        return self.average.swapped_in(self._transferred if name is None else name)
 
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model, for good, and recalibrate its BatchNorm statistics over all ranks.
@@ -132,8 +156,9 @@ class SWA:
         `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them,
         and layers count as frozen only while the model is in training mode. Every rank calls it: a collective under
         DDP, and where it recalibrates. Memory: as `swapped_in`. With nothing averaged the model stays as it is, with
-        one warning. Raises ValueError for a model with BatchNorm and no `batches`, what `recalibrate_batch_norm`
-        raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
+        one warning. Raises ValueError for a model with BatchNorm and no `batches` (with ``buffers="average"`` it then
+        keeps the averaged statistics), what `recalibrate_batch_norm` raises, and RuntimeError where the schedule
+        counts epochs in a run that told of none; nothing has changed then.
         """
         if self.schedule.is_blind_to_epochs:
             raise RuntimeError(
@@ -148,8 +173,9 @@ class SWA:
             )
             return
         with self.swapped_in():  # the statistics are the average's, and nothing has changed if this fails
-            recalibrate_batch_norm(self._model, _no_batches() if batches is None else batches, **options)
-        self.average.transfer()
+            if batches is not None or not self.average.averages_buffers:
+                recalibrate_batch_norm(self._model, _no_batches() if batches is None else batches, **options)
+        self.average.transfer(self._transferred)
         self.schedule.completed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,16 +183,11 @@ class SWA:
 
         Raises RuntimeError inside `swapped_in`.
         """
-        return {
-            "format_version": torch.tensor(_FORMAT_VERSION),
-            "average": self.average.state_dict(),
-            "schedule": {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()},
-            **(
-                {}
-                if self._optimizer is None
-                else {"start_lrs": torch.tensor(self._known_start_lrs(self._optimizer), dtype=torch.float64)}
-            ),
-        }
+        schedule = {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()}
+        schedule["num_skipped"] = torch.tensor(self.num_skipped)
+        if self._optimizer is not None:
+            schedule["start_lrs"] = torch.tensor(self._known_start_lrs(self._optimizer), dtype=torch.float64)
+        return {**self.average.state_dict(), "schedule": schedule}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the average and the position in the schedule; start, end, interval and rates stay as constructed.
@@ -174,19 +195,21 @@ class SWA:
         Local; every rank calls it. Raises as `ShardedAverage.load_state_dict` does, with nothing changed then.
         """
         self.average.require("load_state_dict", outside_of_a_swap=True)
-        keys = ["average", "schedule", *(["start_lrs"] if self._optimizer is not None else [])]
-        check_format(state_dict, _FORMAT_VERSION, keys)
+        check_keys(state_dict, ["schedule"])
+        schedule = {key: value.tolist() for key, value in state_dict["schedule"].items()}
+        check_keys(schedule, [*self.schedule.state_dict(), "num_skipped", *(["start_lrs"] if self._optimizer else [])])
         start_lrs: list[float] = []
         if self._optimizer is not None:
-            start_lrs = state_dict["start_lrs"].tolist()
+            start_lrs = schedule["start_lrs"]
             num_groups = len(self._optimizer.param_groups)
             if len(start_lrs) != num_groups:
                 raise ValueError(
                     f"load_state_dict needs the {len(start_lrs)} param groups of the checkpoint, got {num_groups=};"
                     " build the optimizer as it was"
                 )
-        self.average.load_state_dict(state_dict["average"])
-        self.schedule.load_state_dict({key: value.tolist() for key, value in state_dict["schedule"].items()})
+        self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
+        self.schedule.load_state_dict(schedule)
+        self.num_skipped = schedule["num_skipped"]
         self._start_lrs = start_lrs if self.started else []
 
     def _follow(self, check: Callable[[], Decision]) -> bool:
@@ -196,6 +219,8 @@ class SWA:
             if self._optimizer is not None and self._start_lrs:
                 check_groups(self._optimizer, self._start_lrs)
             decision = check()
+            if decision.update and self._skips_nonfinite and not self.average.is_model_finite():
+                decision = self._skip(decision, position)
             if decision.update:
                 self.average.update(decision.elapsed)
         except Exception:
@@ -208,8 +233,20 @@ class SWA:
                 fraction = self.num_averaged / steps
                 set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
         if decision.complete:
-            self.average.transfer()
+            self.average.transfer(self._transferred)
         return decision.update
+
+    def _skip(self, decision: Decision, position: Mapping[str, list[int]]) -> Decision:
+        """Refuse an update that is due; it stays due, and what completes does so without it."""
+        self.schedule.postpone(position)
+        self.num_skipped += 1
+        if self.num_skipped == 1:
+            warnings.warn(
+                f"a model with NaN or inf was not averaged, at step {self.schedule.now.batches}; further ones are"
+                " counted in num_skipped",
+                stacklevel=4,
+            )
+        return Decision(complete=decision.complete and self.schedule.completed)
 
     def _known_start_lrs(self, optimizer: torch.optim.Optimizer) -> list[float]:
         """Return the rates at `swa_start`; before it, as many that are not a number."""

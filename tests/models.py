@@ -41,10 +41,12 @@ class Net(nn.Module):
         self.cache = nn.Buffer(torch.zeros(2), persistent=False)
 
     def forward(self, given: Tensor) -> Tensor:
-        hidden = self.norm(self.down(torch.tanh(self.up(given)))) * self.one_row * self.frozen.sum() - self.offset
+        hidden = self.norm(self.down(torch.tanh(self.up(given)))) * self.one_row * self.frozen.sum()
+        hidden = hidden - self.offset.to(hidden.dtype)
         if self.training:
             self.seen.add_(1)
-            self.offset.lerp_(hidden.detach().mean(0), 0.1)  # so that training depends on what a buffer was
+            mean = hidden.detach().mean(0).to(self.offset.dtype)
+            self.offset.lerp_(mean, 0.1)  # so that training depends on what a buffer was
         out: Tensor = self.again(self.dropout(torch.tanh(self.tied(hidden))))
         return out
 
@@ -122,21 +124,28 @@ def trajectory(num_models: int, model: nn.Module, seed: int = 1) -> list[dict[st
     ]
 
 
+def clean(name: str) -> str:
+    """Return the name that a parameter has in the unwrapped model."""
+    inner = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in inner)
+
+
 @torch.no_grad()
 def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put whole values into the shards of a wrapped model; no library code, and no collective."""
-    module = model.module if isinstance(model, DistributedDataParallel) else model
+    """Put whole values into the shards of a wrapped model; no library code, and no collective but FSDP1's."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
-            for name, parameter in model.named_parameters():
-                if (plain := name.replace("_fsdp_wrapped_module.", "")) in values:
-                    parameter.copy_(values[plain])
-        return
-    for name, parameter in module.named_parameters():
-        if name in values and isinstance(parameter, DTensor):
-            parameter.to_local().copy_(_shard(values[name], parameter))
-        elif name in values:
-            parameter.copy_(values[name])
+            _write(model, values)
+    else:
+        _write(model, values)
+
+
+def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if clean(name) in values and isinstance(parameter, DTensor):
+            parameter.to_local().copy_(_shard(values[clean(name)], parameter))
+        elif clean(name) in values:
+            parameter.copy_(values[clean(name)])
 
 
 def _shard(whole: Tensor, like: DTensor) -> Tensor:

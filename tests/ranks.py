@@ -46,6 +46,9 @@ _TORCHS_OWN_WARNINGS = (
     "Please use DTensor instead and we are deprecating ShardedTensor",
     "`_get_pg_default_device` will be deprecated",
     "Multiple backends are registered with this ProcessGroup",
+    # torch.compile of a wrapped model: it traces into the wrapper, up to where that calls into C.
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    "Dynamo does not know how to trace the builtin",
 )
 
 _Test = Callable[..., None]

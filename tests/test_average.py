@@ -276,7 +276,7 @@ def test_models_that_cannot_be_averaged() -> None:
         (
             nn.Linear(2, 2).requires_grad_(False),
             ValueError,
-            "requires a gradient, got none among num_parameters=2; set",
+            "requires a gradient and is selected .* got none among num_parameters=2, num_trainable=0; set",
         ),
         ("model", TypeError, "needs to be a torch.nn.Module, got model=str; pass"),
     ):
@@ -296,7 +296,7 @@ def test_models_that_cannot_be_averaged() -> None:
         ({"rule": "ema"}, TypeError, r"needs a rule, got rule='ema'; pass Equal\(\)"),
         ({"dtype": torch.int64}, ValueError, "needs a floating dtype, got dtype=torch.int64; torch.float32"),
         ({"dtype": "float32"}, TypeError, "needs a torch.dtype, got dtype='float32'; torch.float32"),
-        ({"buffers": "sum"}, ValueError, "needs buffers='copy', got buffers='sum'; leave"),
+        ({"buffers": "sum"}, ValueError, "needs to be 'copy' or 'average', got buffers='sum'; 'copy'"),
     ],
 )
 def test_arguments_that_make_no_average(options: dict[str, Any], error: type[Exception], message: str) -> None:

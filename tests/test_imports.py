@@ -14,7 +14,7 @@ import dist_swa
 ROOT = Path(dist_swa.__file__).parent
 # A file imports only files that stand above it; `integrations` stands for all the files of that folder.
 ORDER = [
-    *("rules", "schedule", "foreach", "agreement", "shards", "average", "batch_norm", "lr", "swa"),
+    *("rules", "schedule", "foreach", "agreement", "shards", "track", "average", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
     *("checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
     *("__init__", "__main__", "integrations"),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import fully_shard
 
+from cases import CASES
 from ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +60,13 @@ def test_its_commands_and_files_are_there() -> None:
     assert os.access(ROOT / "launch/train", os.X_OK)
     assert os.access(ROOT / "launch/test", os.X_OK)
     assert os.access(ROOT / "launch/chaos", os.X_OK)
+
+
+def test_its_table_names_every_case_of_the_matrix() -> None:
+    table = README.partition("| model | variants |")[2].partition("\n\n")[0]
+    named = []
+    for family, variants in re.findall(r"^\| ([\w+. ]+?) \| (.*?) \|", table, re.MULTILINE):
+        named += [
+            family if variant == "alone" else f"{family}, {variant.strip('`')}" for variant in variants.split("; ")
+        ]
+    assert sorted(named) == sorted(CASES)

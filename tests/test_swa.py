@@ -1,5 +1,6 @@
 """The controller: when it updates, completes and finalizes, and what it refuses."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -253,3 +254,155 @@ def test_epochs_go_on_where_a_resumed_run_announces_them() -> None:
     assert resumed.schedule.now.epochs == 3
     assert not resumed.step()
     assert resumed.end_epoch()
+
+
+def test_several_averages_by_one_schedule() -> None:
+    model = linear()
+    rules = {"swa": Equal(), "last": EMA(0.0), "short": EMA(half_life="1ba"), "tokens": EMA(half_life="10tok")}
+    swa = SWA(model, swa_start="2ba", swa_end=None, update_interval="2ba", rule=rules, transfer="swa")
+    for step in range(1, 7):
+        nn.init.constant_(model.weight, step)
+        assert swa.step(tokens=5) == (step % 2 == 0)
+    assert swa.num_averaged == 3
+    inside = {}
+    for name in (None, *rules):
+        with swa.swapped_in(name):
+            inside[name] = model.weight[0, 0].item()
+    # Models 2, 4, 6; two batches and ten tokens apart.
+    expected = {None: 4, "swa": 4, "last": 6, "short": (2 / 4 + 4 * 3 / 4) / 4 + 6 * 3 / 4, "tokens": 4.5}
+    assert inside == pytest.approx(expected)
+    swa.finalize()
+    assert model.weight.eq(4).all()
+
+
+def test_the_average_that_completes_is_the_named_one() -> None:
+    for name, expected in (("swa", 1.5), ("last", 2.0)):
+        model = linear()
+        rules = {"swa": Equal(), "last": EMA(0.0)}
+        swa = SWA(model, swa_start="1ba", swa_end="2ba", update_interval="1ba", rule=rules, transfer=name)
+        run(swa, model, 3)
+        assert swa.completed
+        assert model.weight.eq(expected).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "transfer", "message"),
+    [
+        (
+            {"swa": Equal(), "ema": EMA(0.9)},
+            None,
+            r"transfer=.* needs the name of an average, got name=None; pass",
+        ),
+        (
+            {"swa": Equal(), "ema": EMA(0.9)},
+            "lawa",
+            r"needs the name of an average, got name='lawa'; pass one of",
+        ),
+        (Equal(), "swa", r"needs the name of an average, got name='swa'; leave it out, the average has no name"),
+    ],
+)
+def test_a_controller_needs_to_know_which_average_ends_in_the_model(rule: Any, transfer: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SWA(linear(), max_duration="9ba", rule=rule, transfer=transfer)
+
+
+def test_selected_parameters_and_a_group_reach_the_average() -> None:
+    model = nn.Sequential(linear(), linear())
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", parameters="1.*")
+    swa.step()
+    assert set(swa.average.state_dict()["slots"]["0"]) == {"1.weight"}
+
+
+def test_finalize_keeps_averaged_statistics_or_recalibrates_them() -> None:
+    norm = nn.BatchNorm1d(4)
+    assert norm.running_mean is not None
+    swa = SWA(norm, swa_start="1ba", swa_end=None, update_interval="1ba", buffers="average")
+    for value in (1.0, 2.0):
+        norm.running_mean.fill_(value)
+        swa.step()
+    norm.running_mean.fill_(9)
+    swa.finalize()
+    assert norm.running_mean.eq(1.5).all()
+    swa.finalize([DATA])
+    torch.testing.assert_close(norm.running_mean, DATA.mean(0))
+
+
+def steps_with_nan(swa: SWA, model: nn.Linear, bad: set[int], num_steps: int, first: int = 1) -> list[int]:
+    updated = []
+    for step in range(first, first + num_steps):
+        if not swa.completed:
+            nn.init.constant_(model.weight, float("nan") if step in bad else step)
+        if swa.step():
+            updated.append(step)
+    return updated
+
+
+def test_a_model_that_is_not_finite_is_skipped_and_the_update_stays_due() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="2ba", swa_end=None, update_interval="3ba", skip_nonfinite=True)
+    with pytest.warns(UserWarning, match=r"with NaN or inf was not averaged, at step 2; .* in num_skipped") as warned:
+        assert steps_with_nan(swa, model, {2, 3}, 3) == []
+    assert len(warned) == 1
+    assert (swa.started, swa.num_skipped, swa.num_averaged) == (False, 2, 0)
+    assert steps_with_nan(swa, model, {7, 8}, 8, first=4) == [4, 9, 10]  # and no further warning
+    assert (swa.started, swa.num_skipped, swa.num_averaged) == (True, 4, 3)
+    swa.finalize()
+    torch.testing.assert_close(model.weight.data, torch.full((2, 2), (4 + 9 + 10) / 3))
+
+
+def test_without_the_guard_the_average_is_lost() -> None:
+    model = linear()
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    assert steps_with_nan(swa, model, {2}, 3) == [1, 2, 3]
+    swa.finalize()
+    assert model.weight.isnan().all()
+    assert swa.num_skipped == 0
+
+
+@pytest.mark.filterwarnings("ignore:a model with NaN or inf")
+def test_a_skipped_update_at_the_end() -> None:
+    model = linear()
+    options: dict[str, Any] = {"swa_start": "2ba", "swa_end": "4ba", "update_interval": "1ba", "skip_nonfinite": True}
+    swa = SWA(model, **options)
+    assert steps_with_nan(swa, model, {4}, 5) == [2, 3]
+    assert swa.completed
+    assert model.weight.eq(2.5).all()  # the average of those before it
+    swa = SWA(model, **options)
+    assert steps_with_nan(swa, model, {2, 3, 4, 5}, 5) == []
+    assert not swa.completed  # nothing was averaged
+    assert steps_with_nan(swa, model, set(), 2, first=6) == [6]
+    assert swa.completed
+    assert model.weight.eq(6).all()
+
+
+@pytest.mark.filterwarnings("ignore:a model with NaN or inf")
+def test_a_skipped_update_leaves_the_half_life_to_the_next() -> None:
+    model = linear()
+    rule = EMA(half_life="2ba")
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", rule=rule, skip_nonfinite=True)
+    assert steps_with_nan(swa, model, {2}, 3) == [1, 3]
+    swa.finalize()
+    assert model.weight.eq(2).all()  # two batches, a half-life, after the first
+
+
+@on_ranks(2)
+def test_all_ranks_skip_alike_and_remember_it() -> None:
+    for wrapper in ("ddp", "fsdp2", "tp"):
+        found = []
+        state: dict[str, Any] = {}
+        for first in (0, 4):
+            model = wrap(build(), wrapper)
+            swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", skip_nonfinite=True)
+            if state:
+                swa.load_state_dict(state)
+                assert swa.num_skipped == 1
+            for step in range(first, first + 4):
+                values = trajectory(1, build(), seed=step)[0]
+                if step == 1:
+                    values["down.weight"][0, 0] = float("inf")  # in the shard of the first rank
+                write(model, values)
+                with pytest.warns(UserWarning, match="NaN or inf") if step == 1 else contextlib.nullcontext():
+                    found.append(swa.step())
+            state = swa.state_dict()
+        assert found == [True, False, *[True] * 6], wrapper
+        assert (swa.num_averaged, swa.num_skipped) == (7, 1)

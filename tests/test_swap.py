@@ -154,7 +154,8 @@ def test_model_carries_the_average_inside() -> None:
         alone = build().eval()
         if full:
             alone.load_state_dict(full)
-        for action in (average.swapped_in, average.transfer):
+        actions: tuple[Callable[[], Any], ...] = (average.swapped_in, average.transfer)
+        for action in actions:
             context = action()
             if context is not None:
                 context.__enter__()
@@ -236,6 +237,7 @@ def same_local_bits(left: dict[str, Any], right: dict[str, Any]) -> bool:
 def test_calls_in_a_wrong_order() -> None:
     model = nn.Linear(2, 2)
     average = ShardedAverage(model)
+    action: Callable[[], Any]
     for action in (average.swapped_in().__enter__, average.transfer, average.full_state_dict):
         with pytest.raises(RuntimeError, match=r"needs an average, got num_averaged=0; call update first"):
             action()

@@ -59,8 +59,10 @@ def main() -> None:
             numel = sum(parameter.numel() for parameter in model)
             flat, target = torch.randn(numel), torch.randn(numel)
             floor_s = median_s(lambda flat=flat, target=target: flat.lerp_(target, 0.01))  # type: ignore[misc]
-            average = ShardedAverage(model, EMA(0.99))
-            calls: dict[str, Callable[[], object]] = {"dist_swa": average.update}
+            calls: dict[str, Callable[[], object]] = {"dist_swa": ShardedAverage(model, EMA(0.99)).update}
+            turns = [ShardedAverage(model, EMA(0.99)).update for _ in range(3)]
+            calls["dist_swa, 3 averages in turn"] = lambda turns=turns: [turn() for turn in turns]  # type: ignore[misc]
+            calls["dist_swa, 3 averages at once"] = ShardedAverage(model, dict.fromkeys("abc", EMA(0.99))).update
             if dtype == torch.float32:  # of a bf16 model it keeps a bf16 average, which is another thing
                 averaged_model = AveragedModel(model)
                 calls["torch AveragedModel"] = lambda m=model, a=averaged_model: a.update_parameters(m)  # type: ignore[misc]
