@@ -16,7 +16,8 @@ ROOT = Path(dist_swa.__file__).parent
 ORDER = [
     *("rules", "schedule", "foreach", "agreement", "shards", "track", "average", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
-    *("checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
+    *("checkpoint.safetensors_files", "checkpoint.source"),
+    *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
     *("__init__", "__main__", "integrations"),
 ]
 FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
