@@ -22,7 +22,7 @@ from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
 from dist_swa.checkpoint.writer import CheckpointWriter
 from dist_swa.rules import Equal, Rule
 
-_BLOCK_NUMEL = 1 << 20  # elements that are converted to float64 at a time
+_BLOCK_NUMEL = 1 << 16  # elements that are converted to float64 at a time
 
 
 def merge(
@@ -39,12 +39,12 @@ def merge(
 
     `sources` are folders of checkpoints and safetensors (files, or folders), mixed as you like. `out`, where nothing
     may be yet, becomes a safetensors file where it ends in ".safetensors"; else a folder, as the last of `sources` is:
-    of safetensors, or a checkpoint with the entry "model". Tensors are merged one at a time, in float64 (complex128),
-    in the order of the sources, and rounded once to their own dtype: a single source keeps its bits. Those that are
+    of safetensors, or a checkpoint with the entry "model". Tensors are merged one at a time, in float64, in the
+    order of the sources, and rounded once to their own dtype: a single source keeps its bits. Those that are
     not floating come from the last source. BatchNorm statistics are averaged, too: `recalibrate_batch_norm` is better.
 
     Args:
-        key: the entry of each checkpoint, as in `export`; "model" merges trained weights.
+        key: the entry of each checkpoint, as in `export`; "model" merges trained weights. Safetensors have none.
         rule: how much each source weighs, by its place among them; arXiv:2507.17634 is ``DecayShaped(shape,
             total=len(sources))``. Not an EMA with a half-life.
         weights: what each source weighs, instead of a rule; negative ones warn.
@@ -52,7 +52,7 @@ def merge(
         progress: whether the first rank shows a progress bar.
 
     One process, or every rank of a process group, which share the work: by files for safetensors, else by tensors.
-    Memory per rank: six times the largest tensor in float32. Raises ValueError for sources that differ, which names
+    Memory per rank: five times the largest tensor in float32. Raises ValueError for sources that differ, which names
     the first name, shape or dtype that does, and for `weights` that do not fit; and as `export` does. On every rank
     alike; nothing appears then.
     """
@@ -74,6 +74,8 @@ def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
 
 def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, normalize: bool) -> list[float]:
     """Return what each source weighs."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"merge needs a rule, got {rule=}; pass Equal(), EMA(decay=0.9), ...")
     if weights is None:
         if rule.unit is not None:
             raise ValueError(f"merge needs a rule that counts models, got {rule=}; pass EMA(decay=...)")
@@ -86,9 +88,7 @@ def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, norma
         warnings.warn(f"negative weights move away from a source: {weights=}", stacklevel=3)
     total = math.fsum(weights) if normalize else 1.0
     if total == 0 or not any(weights):
-        raise ValueError(
-            f"merge needs weights with a sum other than 0, got {weights=}; pass normalize=False, or others"
-        )
+        raise ValueError(f"merge needs weights whose sum is not 0, got {weights=}; pass normalize=False, or others")
     return [weight / total for weight in weights]
 
 
@@ -126,25 +126,21 @@ def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
 
 
 def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:
-    """Return the sum of a tensor of all sources, each times its coefficient."""
-    dtype = sources[-1].specs[name].dtype
+    """Return the sum of a tensor of all sources, each times its coefficient; one of 0 leaves a source out."""
+    shape, dtype = sources[-1].specs[name]
     if not (dtype.is_floating_point or dtype.is_complex):
         return sources[-1].read(name)
-    total: Tensor | None = None
+    parts = (*shape, 2) if dtype.is_complex else shape
+    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # to which -0.0 may be added
     for source, coefficient in zip(sources, coefficients, strict=True):
-        if coefficient == 0:  # it is left out, whatever it holds
-            continue
-        values = source.read(name).flatten()
-        is_first = total is None
-        if total is None:  # not zeros, which would turn -0.0 into 0.0
-            total = torch.empty(values.shape, dtype=torch.complex128 if dtype.is_complex else torch.float64)
-        for start in range(0, len(values), _BLOCK_NUMEL):
-            sums, block = (whole[start : start + _BLOCK_NUMEL] for whole in (total, values))
-            weighted = block.to(total.dtype) * coefficient
-            sums.copy_(weighted if is_first else sums + weighted)
-    if total is None:
-        raise ValueError(f"merge needs a weight other than 0, got {coefficients=}; pass others")
-    return total.to(dtype).view(sources[-1].specs[name].shape)
+        if coefficient != 0:
+            values = source.read(name)
+            values = (torch.view_as_real(values) if dtype.is_complex else values).flatten()
+            for start in range(0, len(values), _BLOCK_NUMEL):
+                block = slice(start, start + _BLOCK_NUMEL)
+                total[block] += values[block].to(torch.float64) * coefficient
+    result = total.to(dtype.to_real()).view(parts)
+    return torch.view_as_complex(result) if dtype.is_complex else result
 
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:

@@ -133,7 +133,7 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
     """
     parts: list[dict[str, Spec]] = [{}]
     num_bytes = 0
-    for key, spec in specs.items():
+    for key, spec in sorted(specs.items()):
         if spec.dtype not in _NAMES:
             raise ValueError(f"safetensors need {', '.join(_DTYPES)}, got {key}={spec}; leave it out of the checkpoint")
         if out.suffix != SUFFIX and parts[-1] and num_bytes + spec.num_bytes > _MAX_FILE_BYTES:

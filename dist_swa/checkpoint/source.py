@@ -82,11 +82,9 @@ def open_reader(path: str | Path) -> Reader:
 
 
 def open_source(path: str | Path, key: str | None = None) -> Source:
-    """Return the weights of the entry `key`: by default the only average; safetensors have no entries."""
+    """Return the weights of the entry `key`: by default the only average. Safetensors have no entries, need no key."""
     reader = open_reader(path)
     if isinstance(reader, SafetensorsReader):
-        if key is not None:
-            raise ValueError(f"safetensors have no entries, got key={key!r} for {path}; leave it out")
         return Source(reader, None, {name: (name,) for name in reader.keys})
     averages = averages_in(reader)
     if key is None and len(averages) == 1:
@@ -115,7 +113,7 @@ def averages_in(reader: CheckpointReader) -> dict[str, Average]:
         rule = next(iter(_below(reader, f"{key}.rule").values()), None)
         if rule is None:
             raise _odd(reader, f"{key}.rule")
-        text = bytes(_numbers(reader, rule)).rstrip(b"\0").decode(errors="replace")
+        text = _bytes(reader, rule).rstrip(b"\0").decode(errors="replace")
         found[key] = Average(text, _number(reader, f"{key}.num_averaged"), _step(reader, key))
     return found
 
@@ -200,9 +198,15 @@ def _number(reader: CheckpointReader, key: str) -> int:
     return _numbers(reader, key)[0]
 
 
+def _bytes(reader: CheckpointReader, key: str) -> bytes:
+    if reader.dtype(key) != torch.uint8:
+        raise _odd(reader, key)
+    return bytes(_numbers(reader, key))
+
+
 def _names(reader: CheckpointReader, key: str) -> list[str]:
     try:
-        names = json.loads(bytes(_numbers(reader, key)))
+        names = json.loads(_bytes(reader, key))
     except ValueError as error:
         raise _odd(reader, key) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
