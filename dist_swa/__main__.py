@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.command == "merge":
         try:
-            parsed.rule = _rule(parsed.rule, len(parsed.sources))
+            parsed.rule = _rule(parsed.rule or "equal", len(parsed.sources))
         except ValueError as error:
             parser.error(f"--rule needs one of {_RULES}, got {parsed.rule} ({error})")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             if ranks > 1:
                 dist.init_process_group("gloo")
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=_DTYPES, help="of all floating tensors; default: as they are")
     merge = commands.add_parser("merge", help="average checkpoints or safetensors, oldest first", **layout)
     weighing = merge.add_mutually_exclusive_group()
-    weighing.add_argument("--rule", default="equal", help=f"{_RULES}; default: equal")
+    weighing.add_argument("--rule", help=f"{_RULES}; default: equal")
     weighing.add_argument(
         "--weights", type=_numbers, metavar="W1,W2,...", help="one for each source, instead of a rule"
     )

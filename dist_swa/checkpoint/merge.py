@@ -134,13 +134,17 @@ def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float
     total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # to which -0.0 may be added
     for source, coefficient in zip(sources, coefficients, strict=True):
         if coefficient != 0:
-            values = source.read(name)
-            values = (torch.view_as_real(values) if dtype.is_complex else values).flatten()
-            for start in range(0, len(values), _BLOCK_NUMEL):
-                block = slice(start, start + _BLOCK_NUMEL)
-                total[block] += values[block].to(torch.float64) * coefficient
+            _add(total, source.read(name), coefficient)
     result = total.to(dtype.to_real()).view(parts)
     return torch.view_as_complex(result) if dtype.is_complex else result
+
+
+def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
+    """Add `values`, real and imaginary parts, to the flat float64 `total`, a block at a time."""
+    values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
+    for start in range(0, len(values), _BLOCK_NUMEL):
+        block = slice(start, start + _BLOCK_NUMEL)
+        total[block] += values[block].to(torch.float64) * coefficient
 
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
@@ -149,7 +153,7 @@ def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str]
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
     writer = CheckpointWriter(out, one_file_per_tensor=True)
-    bar = tqdm(total=len(mine), unit="tensor", disable=not progress or rank > 0)
+    bar = tqdm(total=len(mine), unit="tensor", delay=1e-9, disable=not progress or rank > 0)
     with bar, writer.cleaned_up(), plain_errors(), no_group_is_fine():
         dcp_save(state, storage_writer=writer, planner=_ReadingPlanner(read, bar))
 
