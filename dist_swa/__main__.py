@@ -84,7 +84,16 @@ def _facts(path: str) -> dict[str, Any]:
         averaged = [
             n for n in reader.keys if n.startswith(slot) and f"{key}.buffers.{n.removeprefix(slot)}" not in buffers
         ]
-        entries.append(_entry(reader, key, [*averaged, *buffers], **average._asdict()))
+        entries.append(
+            _entry(
+                reader,
+                key,
+                [*averaged, *buffers],
+                rule=average.rule,
+                num_averaged=average.num_averaged,
+                step=average.step,
+            )
+        )
     for key in entries_in(reader, averages):
         entries.append(_entry(reader, key, [name for name in reader.keys if name.startswith(f"{key}.")]))
     return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}
@@ -125,7 +134,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
+    layout: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
     parser = _Parser("dist-swa", description=__doc__, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint or in safetensors", **layout)

@@ -14,64 +14,87 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.checkpoint.stateful import Stateful
 
-from dist_swa import EMA, SWA, Equal, Polynomial, ShardedAverage, Window
+from dist_swa import EMA, SWA, Equal, Polynomial, ShardedAverage, Window, checkpoint
 from dist_swa.rules import Rule
-from models import WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
+from models import Net, build, group_of, same_bits, train, trajectory, wrap, write
 from ranks import on_ranks, run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint of one process
-RULES: tuple[Rule, ...] = (Equal(), EMA(decay=0.9), EMA(decay=0.9, warmup=True), Polynomial(2.0), Window(3))
+RULES: dict[str, Rule] = {
+    "equal": Equal(),
+    "ema": EMA(decay=0.9),
+    "warm": EMA(decay=0.9, warmup=True),
+    "polynomial": Polynomial(2.0),
+    "window": Window(3),
+}
+WRAPPERS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2+tp")
+WORLD_SIZES = (1, 2, 3, 4, 8)
 
 
-def averages_of(wrapper: str) -> tuple[nn.Module, dict[str, ShardedAverage]]:
+def averages_of(wrapper: str) -> tuple[nn.Module, ShardedAverage]:
     """Return a wrapped model, and an average of it by each rule."""
     model = wrap(build(), wrapper)
-    return model, {str(rule): ShardedAverage(model, rule, process_group=group_of(wrapper)) for rule in RULES}
+    return model, ShardedAverage(model, RULES, process_group=group_of(wrapper))
 
 
-def follow(model: nn.Module, averages: dict[str, ShardedAverage], models: list[dict[str, Tensor]]) -> None:
+def follow(model: nn.Module, average: ShardedAverage, models: list[dict[str, Tensor]]) -> None:
     for values in models:
         write(model, values)
-        for average in averages.values():
-            average.update()
+        average.update()
 
 
-def full(averages: dict[str, ShardedAverage]) -> dict[str, Tensor]:
-    return {f"{rule} {name}": value for rule, a in averages.items() for name, value in a.full_state_dict().items()}
+def full(average: ShardedAverage) -> dict[str, Tensor]:
+    return {f"{rule} {name}": value for rule in RULES for name, value in average.full_state_dict(rule).items()}
 
 
-def save(folder: Path) -> list[dict[str, Tensor]]:
-    """Save averages of 4 models under every wrapper; return what they become after 3 more."""
+def save_all(folder: Path) -> list[dict[str, Tensor]]:
+    """Save averages of 4 models under every wrapper; return what they are then, and after 3 more."""
     found = []
     for wrapper in WRAPPERS:
-        model, averages = averages_of(wrapper)
-        follow(model, averages, trajectory(7, build())[:4])
-        save_checkpoint(dict(averages), checkpoint_id=folder / wrapper)
-        follow(model, averages, trajectory(7, build())[4:])
-        found.append(full(averages))
+        model, average = averages_of(wrapper)
+        follow(model, average, trajectory(7, build())[:4])
+        checkpoint.save({"swa": average}, folder / f"{dist.get_world_size()} {wrapper}")
+        found.append(full(average))
+        follow(model, average, trajectory(7, build())[4:])
+        found.append(full(average))
     return found
 
 
-def load(folder: Path) -> list[dict[str, Tensor]]:
-    """Load what each wrapper wrote into each wrapper; return the averages after 3 more models."""
-    found = []
-    for source in WRAPPERS:
-        for wrapper in WRAPPERS:
-            model, averages = averages_of(wrapper)
-            load_checkpoint(dict(averages), checkpoint_id=folder / source)
-            assert all(average.num_averaged == 4 for average in averages.values())
-            follow(model, averages, trajectory(7, build())[4:])
-            found.append(full(averages))
-    return found
+def load_all(folder: Path, expected: list[dict[str, Tensor]]) -> int:
+    """Load what every wrapper and number of ranks wrote into every wrapper, and go on; return how often."""
+    then, later = expected
+    num_loaded = 0
+    for wrapper in WRAPPERS:
+        model, average = averages_of(wrapper)
+        for source in sorted(folder.iterdir()):
+            follow(model, average, trajectory(2, build(), seed=9))  # so that nothing is left of the load before
+            checkpoint.load({"swa": average}, source)
+            assert average.num_averaged == 4
+            found = full(average)
+            assert not found or same_bits(found, then), (wrapper, source.name)
+            num_loaded += 1
+        follow(model, average, trajectory(7, build())[4:])
+        found = full(average)
+        assert not found or same_bits(found, later), wrapper
+    return num_loaded
 
 
-@pytest.mark.parametrize(("saving", "loading"), [(4, 3), (3, 4), (1, 2), (4, 1)])
-def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(tmp_path: Path, saving: int, loading: int) -> None:
-    expected = run_on_ranks(save, saving, tmp_path)[0]
-    found = run_on_ranks(load, loading, tmp_path)[0]
-    assert len(found) == len(WRAPPERS) ** 2
-    for result in expected + found:
-        assert same_bits(result, expected[0])
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
+    """Return the checkpoints of every wrapper on every number of ranks, and what is to come of them."""
+    folder = tmp_path_factory.mktemp("matrix")
+    found = [result for ranks in WORLD_SIZES for result in run_on_ranks(save_all, ranks, folder)[0]]
+    for i, result in enumerate(found):
+        assert same_bits(result, found[i % 2])
+    return folder, found[:2]
+
+
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
+def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(
+    matrix: tuple[Path, list[dict[str, Tensor]]], ranks: int
+) -> None:
+    num_loaded = run_on_ranks(load_all, ranks, *matrix)
+    assert num_loaded == [len(WRAPPERS) * len(WORLD_SIZES) * len(WRAPPERS)] * ranks
 
 
 class Buffers(nn.Module):

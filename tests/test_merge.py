@@ -192,7 +192,7 @@ def test_averages_are_merged_with_buffers_ties_and_frozen_ones(tmp_path: Path) -
     for i in range(3):
         model = build()
         model.seen.fill_(i)
-        model.norm.running_mean.fill_(i)
+        model.get_buffer("norm.running_mean").fill_(i)
         average = ShardedAverage(model)
         for values in trajectory(2, model, seed=i):
             write(model, values)
@@ -213,7 +213,7 @@ def merge_on_ranks(folder: Path, paths: list[Path]) -> None:
     checkpoint.merge(paths[::-1], folder / "checkpoint", key="model")
     checkpoint.merge(paths, folder / "files", key="model")
     model = wrap(build(), "fsdp2")
-    state = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
     checkpoint.save(state, folder / "model")
     checkpoint.merge([folder / "model", folder / "model"], folder / "twice", key="model")
     before = {

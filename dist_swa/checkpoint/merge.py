@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
@@ -153,18 +153,27 @@ def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str]
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
     writer = CheckpointWriter(out, one_file_per_tensor=True)
-    bar = tqdm(total=len(mine), unit="tensor", delay=1e-9, disable=not progress or rank > 0)
-    with bar, writer.cleaned_up(), plain_errors(), no_group_is_fine():
-        dcp_save(state, storage_writer=writer, planner=_ReadingPlanner(read, bar))
+    planner = _ReadingPlanner(read, progress and rank == 0)
+    with writer.cleaned_up(), plain_errors(), no_group_is_fine():
+        dcp_save(state, storage_writer=writer, planner=planner)
 
 
 class _ReadingPlanner(DefaultSavePlanner):
-    """Makes a tensor when it is written: the state dict has its shape and dtype only."""
+    """Makes a tensor when it is written: the state dict has its shape and dtype only. Shows its progress."""
 
-    def __init__(self, read: Callable[[str], Tensor], bar: Any) -> None:
+    def __init__(self, read: Callable[[str], Tensor], progress: bool) -> None:
         super().__init__()
-        self._read, self._bar = read, bar
+        self._read, self._progress = read, progress
+        self._bar: Any = None
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        self._bar = tqdm(total=len(plan.items), unit="tensor", disable=not self._progress)
+        return plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        tensor = self._read(write_item.index.fqn.removeprefix(f"{MODEL}."))
         self._bar.update()
-        return self._read(write_item.index.fqn.removeprefix(f"{MODEL}."))
+        if self._bar.n == self._bar.total:
+            self._bar.close()
+        return tensor

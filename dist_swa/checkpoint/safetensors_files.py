@@ -110,9 +110,7 @@ def write_safetensors(
     """
     rank, ranks = place_in(group)
     mine = list(files.items())[rank::ranks]
-    with tqdm(
-        total=sum(len(specs) for _, specs in mine), unit="tensor", delay=1e-9, disable=not progress or rank > 0
-    ) as bar:
+    with tqdm(total=sum(len(specs) for _, specs in mine), unit="tensor", disable=not progress or rank > 0) as bar:
         for name, specs in mine:
             with _created(folder / name) as file:
                 file.write(_header(specs))
