@@ -20,11 +20,11 @@ from dist_swa.rules import EMA, DecayShaped, Equal, Polynomial, Rule
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
-  dist-swa inspect checkpoints/step-000000840
-  dist-swa export checkpoints/step-000000840 deployed --dtype bfloat16
-  dist-swa merge step-100 step-200 step-300 --key model --rule minus_sqrt --out merged
-  dist-swa merge a.safetensors b.safetensors --weights 0.3,0.7 --out merged.safetensors
-  dist-swa synthesize step-100 step-200 step-300 --sigma-rel 0.15 --out wider
+  dist-swa inspect step-840
+  dist-swa export step-840 deployed --key swa.mean --dtype bfloat16
+  dist-swa merge step-280 step-560 step-840 --key model --rule minus_sqrt --out merged
+  dist-swa merge a.safetensors b.safetensors --weights 0.3,0.7 --out c.safetensors
+  dist-swa synthesize step-280 step-560 step-840 --sigma-rel 0.08 --out other
   torchrun --nproc_per_node 8 -m dist_swa merge ...
 
 exit codes: 0 done, 1 the command failed (the reason is one line on stderr), 2 wrong usage, 130 interrupted"""

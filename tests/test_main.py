@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dist_swa
-from dist_swa import EMA, SWA, DecayShaped, Equal, Polynomial, PowerEMA, checkpoint
-from dist_swa.__main__ import main
+from dist_swa import EMA, SWA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, checkpoint
+from dist_swa.__main__ import _EXAMPLES, main
 from dist_swa.rules import Rule
 from models import build, same_bits, trajectory, write
 
@@ -180,8 +182,31 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert raised.value.code == 0
         text = capsys.readouterr().out
-        assert "examples:\n  dist-swa inspect checkpoints/step-000000840\n" in text
+        assert "examples:\n  dist-swa inspect step-840\n" in text
         assert "exit codes: 0 done" in text
+
+
+def test_the_commands_of_readme_and_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build()
+    averages = ShardedAverage(model, {"mean": Equal(), "narrow": PowerEMA(0.05), "wide": PowerEMA(0.10)})
+    for i, values in enumerate(trajectory(12, model), start=1):
+        write(model, values)
+        averages.update()
+        if i % 4 == 0:
+            checkpoint.save({"model": model.state_dict(), "swa": averages}, tmp_path / f"step-{i * 70}")
+    for name in ("a", "b"):
+        checkpoint.export(averages, f"{name}.safetensors", key="mean")
+    texts = ((ROOT / "README.md").read_text(), _EXAMPLES)
+    for text in texts:
+        commands = re.findall(r"^ *dist-swa (.*?)(?: +#.*)?$", text, re.MULTILINE)
+        assert len(commands) == 5
+        for command in commands:
+            assert main(command.split()) == 0, command
+        assert load_file("deployed/model.safetensors")["up.weight"].dtype == torch.bfloat16
+        for out in ("merged", "deployed", "other"):
+            shutil.rmtree(out)
+        Path("c.safetensors").unlink()
 
 
 def test_as_a_module_and_as_a_script(run: Path, tmp_path: Path) -> None:
