@@ -41,6 +41,7 @@ class Odd(Net):
         self.strided = nn.Parameter(torch.zeros(4, 3).t())
         self.mask = nn.Buffer(torch.tensor([True, False, True]))
         self.same_mask = self.mask
+        self.short = nn.Buffer(torch.ones(3, dtype=torch.bfloat16))  # an average of it is kept in float32
 
 
 def build_odd() -> Odd:
@@ -99,6 +100,7 @@ def test_slots_and_buffers(tmp_path: Path, rule: Any, buffers: str) -> None:
     for i, values in enumerate(trajectory(4, model)):
         write(model, values)
         model.get_buffer("norm.running_mean").fill_(i)
+        model.short.fill_(1 + i / 100)
         average.update()
     model.get_buffer("norm.running_mean").fill_(9)
     checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / "saved")
@@ -424,11 +426,15 @@ def test_damage_is_found_and_nothing_appears(tmp_path: Path) -> None:
 
 
 def test_files_are_as_safetensors_wants_them(tmp_path: Path) -> None:
-    checkpoint.export(averaged(build_odd()), tmp_path / "out.safetensors")
-    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    header_bytes = int.from_bytes((tmp_path / "out.safetensors").read_bytes()[:8], "little")
-    assert header_bytes % 8 == 0
-    header = json.loads((tmp_path / "out.safetensors").read_bytes()[8 : 8 + header_bytes])
-    sizes = {"F32": 4, "I64": 8, "C64": 8, "BOOL": 1}
-    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for n, entry in header.items() if n[0] != "_")
+    for i, model in enumerate((build_odd(), build(), nn.Linear(2, 2))):
+        average = ShardedAverage(model)
+        average.update()
+        path = tmp_path / f"{i}.safetensors"
+        checkpoint.export(average, path)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+        assert header_bytes % 8 == 0
+        header = json.loads(path.read_bytes()[8 : 8 + header_bytes])
+        sizes = {"F32": 4, "I64": 8, "C64": 8, "BOOL": 1, "BF16": 2}
+        assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for n, entry in header.items() if n[0] != "_")

@@ -127,6 +127,14 @@ def test_weights(tmp_path: Path, weights: list[float], normalize: bool, coeffici
     assert is_close(loaded(tmp_path / "out"), expected(coefficients, values))
 
 
+def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([number])} for number in (torch.inf, 1.0, 3.0)]
+    paths = saved(tmp_path, values, "s")
+    checkpoint.merge(paths, tmp_path / "window.safetensors", rule=Window(2))
+    checkpoint.merge(paths, tmp_path / "weights.safetensors", weights=[0, 1, 1])
+    assert all(loaded(tmp_path / f"{name}.safetensors")["x"] == 2 for name in ("window", "weights"))
+
+
 def test_negative_weights_warn(tmp_path: Path) -> None:
     values = states(2)
     with pytest.warns(UserWarning, match=r"negative weights move away from a source: weights=\[-0.5, 1.5\]"):
