@@ -79,21 +79,10 @@ def _facts(path: str) -> dict[str, Any]:
     averages = averages_in(reader)
     entries = []
     for key, average in averages.items():
-        buffers = {name for name in reader.keys if name.startswith(f"{key}.buffers.")}
-        slot = f"{key}.slots.0."
-        averaged = [
-            n for n in reader.keys if n.startswith(slot) and f"{key}.buffers.{n.removeprefix(slot)}" not in buffers
-        ]
-        entries.append(
-            _entry(
-                reader,
-                key,
-                [*averaged, *buffers],
-                rule=average.rule,
-                num_averaged=average.num_averaged,
-                step=average.step,
-            )
-        )
+        of_average = {"rule": average.rule, "num_averaged": average.num_averaged, "step": average.step}
+        parts = (f"{key}.slots.0.", f"{key}.buffers.")
+        tensors = {n.removeprefix(part): n for part in parts for n in reader.keys if n.startswith(part)}
+        entries.append(_entry(reader, key, tensors.values(), **of_average))
     for key in entries_in(reader, averages):
         entries.append(_entry(reader, key, [name for name in reader.keys if name.startswith(f"{key}.")]))
     return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}

@@ -1,5 +1,6 @@
 """An average goes through torch.distributed.checkpoint to any wrapper and number of ranks, and resumes to the bit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(
 ) -> None:
     num_loaded = run_on_ranks(load_all, ranks, *matrix)
     assert num_loaded == [len(WRAPPERS) * len(WORLD_SIZES) * len(WRAPPERS)] * ranks
+
+
+def test_the_table_of_the_format_names_every_key() -> None:
+    model = build()
+    swa = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1), swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    described = str(checkpoint.__doc__).partition("version 1 of the format")[2].partition("Several averages")[0]
+    state = swa.state_dict()
+    for key in state:
+        for inner in state["schedule"] if key == "schedule" else [""]:
+            assert re.search(rf"`(swa.schedule)?\.?{inner}`" if inner else rf"`swa\.{key}[.`]", described), (key, inner)
+    rows = re.findall(r"^\| `swa\.(\w+)", described, re.MULTILINE)
+    assert set(rows) == set(state)
 
 
 class Buffers(nn.Module):
