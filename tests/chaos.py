@@ -11,6 +11,7 @@ After each, the newest checkpoint has to be whole, and no older than the one bef
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -81,6 +82,7 @@ class Run:
         deadline = time.monotonic() + TIMEOUT_S
         while self.launcher.poll() is None and not fact():
             if time.monotonic() > deadline:
+                self.kill(self.launcher.pid)
                 raise TimeoutError(f"the run hangs:\n{self.log.read_text()[-5000:]}")
             time.sleep(0.0005)
         return self.launcher.poll() is None
@@ -93,12 +95,17 @@ class Run:
 
     def kill(self, victim: int) -> None:
         """Kill `victim`, and see to it that nothing of the run is left."""
-        ranks = self.ranks()
-        os.kill(victim, signal.SIGKILL)
+        ranks: list[int] = []
+        with contextlib.suppress(ProcessLookupError):  # one that ended in this moment
+            if victim == self.launcher.pid:
+                os.kill(victim, signal.SIGSTOP)  # it starts no more ranks
+            ranks = self.ranks()
+            os.kill(victim, signal.SIGKILL)
         if victim == self.launcher.pid:
             time.sleep(0.05)
             for rank in filter(is_alive, ranks):
-                os.kill(rank, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
         self.launcher.wait(TIMEOUT_S)
         while any(map(is_alive, ranks)):
             time.sleep(0.01)

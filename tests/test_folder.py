@@ -281,9 +281,12 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- Written while training goes on
 
 
-def race(path: Path) -> list[bool]:
+def race(path: Path, wrapper: str) -> list[bool]:
     """Save while the average is updated and the ranks all-reduce; return whether each checkpoint is what it was."""
-    model = wrap(nn.Sequential(nn.Linear(300, 501), nn.BatchNorm1d(501), nn.Linear(501, 300)), "fsdp2")
+    layers = nn.Sequential(nn.Linear(300, 501), nn.BatchNorm1d(501), nn.Linear(501, 300))
+    if wrapper == "ddp":
+        layers.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))  # 0-dim, which FSDP1 refuses
+    model = wrap(layers, wrapper)
     average = ShardedAverage(model)
     folder, exact, num_meanwhile, gradient = CheckpointFolder(path), [], 0, torch.ones(1000)
     for step in range(1, 6):
@@ -313,8 +316,9 @@ def saved_average(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(p): reader.read(key) for key in reader.keys for p in prefixes if key.startswith(p)}
 
 
-def test_updates_do_not_touch_what_is_being_written(tmp_path: Path) -> None:
-    assert run_on_ranks(race, 2, tmp_path) == [[True] * 5] * 2
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1"])
+def test_updates_do_not_touch_what_is_being_written(tmp_path: Path, wrapper: str) -> None:
+    assert run_on_ranks(race, 2, tmp_path, wrapper) == [[True] * 5] * 2
 
 
 @on_ranks(2)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -54,10 +56,9 @@ def save_async(
     if not dist.is_initialized():
         save(state, path)
         return lambda: None
-    states, stager = _states(state, process_group), DefaultStager(StagingOptions(False, False, False, False))
+    states = _states(state, process_group)
     with all_raise(process_group):
-        staged: Any = stager.stage(states)
-    stager.close()
+        staged: Any = _copied(states)
     writer = CheckpointWriter(Path(path))  # its own stager, too, which need not copy again
     future: Any = dcp_async_save(staged, storage_writer=writer, planner=_save_planner(), process_group=process_group)
 
@@ -113,6 +114,18 @@ def _states(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[s
         return {
             key: value.state_dict() if isinstance(value, Stateful) else value for key, value in sorted(state.items())
         }
+
+
+def _copied(tree: Any) -> Any:
+    """Return a copy on the CPU; DCP's own stagers fail on what FSDP1 gives, or leave 0-dim DTensors uncopied."""
+    if isinstance(tree, Tensor):
+        with torch.no_grad():
+            return tree.to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return copy.deepcopy(tree)
 
 
 def _is_new_average(entry: str, value: Any, reader: CheckpointReader) -> bool:
