@@ -49,10 +49,10 @@ class ModelShards:
         self.module, self._ddp = unwrap(model)
         if self._ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
-        self._group = process_group if self._ddp is None else self._ddp.process_group
-        if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
+        self.group = process_group if self._ddp is None else self._ddp.process_group
+        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(
-                f"process_group needs a group that this rank is in, got process_group={self._group!r}; call this on its"
+                f"process_group needs a group that this rank is in, got process_group={self.group!r}; call this on its"
                 " ranks only"
             )
         self._fsdp_modules = find_fsdp_modules(self.module)
@@ -72,12 +72,12 @@ class ModelShards:
 
     def _capture(self, parameters: NamePattern | None) -> None:
         self.reshard()
-        if self._group is not None:
+        if self.group is not None:
             if are_sharded(self.module):
                 raise ValueError(
                     "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
-            self._replica_mesh = DeviceMesh.from_group(self._group, self._device.type)
+            self._replica_mesh = DeviceMesh.from_group(self.group, self._device.type)
         self._flat_meshes = find_flat_meshes(self._fsdp_modules)
         shards = find_parameters(self.module, self._replica_mesh, self._flat_meshes)
         names = [name for shard in shards for name in shard.names]
@@ -105,7 +105,7 @@ class ModelShards:
 
     def all_agree(self) -> AbstractContextManager[None]:
         """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
-        return nullcontext() if self._group is None else all_agree(self._group, self._device)
+        return nullcontext() if self.group is None else all_agree(self.group, self._device)
 
     def reshard(self) -> None:
         reshard(self._fsdp_modules)

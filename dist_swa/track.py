@@ -15,9 +15,9 @@ from dist_swa.model import ModelShards
 from dist_swa.rules import Rule
 from dist_swa.shards import LocalShard, write_into
 
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 1
 _RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes
-_KEYS = ("format_version", "num_averaged", "num_parameters", "rule", "slots", "buffers", "ties")
+_KEYS = ("format_version", "num_averaged", "num_parameters", "num_others", "rule", "slots", "buffers", "ties")
 
 
 class Track:
@@ -79,9 +79,10 @@ class Track:
         """Return tensors only, on the average's own storage (but see `LocalShard.whole`)."""
         persistent = self._persistent_buffers()
         return {
-            "format_version": torch.tensor(_FORMAT_VERSION),
+            "format_version": torch.tensor(FORMAT_VERSION),
             "num_averaged": torch.tensor(self.num_averaged),
             "num_parameters": torch.tensor(len(self._shards.averaged)),
+            "num_others": torch.tensor(len(self._shards.others)),
             "rule": {type(self.rule).__name__: _encoded(repr(self.rule).ljust(_RULE_BYTES, "\0"))},
             "slots": {
                 str(i): {
@@ -162,9 +163,9 @@ class Track:
     def _check_header(self, state: Mapping[str, Any]) -> None:
         check_keys(state, _KEYS)
         version = int(state["format_version"])
-        if version > _FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"load_state_dict needs format_version <= {_FORMAT_VERSION}, got {version=}; update dist_swa"
+                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
             )
         name, encoded = next(iter(state["rule"].items()))
         if name != type(self.rule).__name__:

@@ -17,7 +17,8 @@ ORDER = [
     *("names", "rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
     *("moments", "norms", "forwards", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
-    *("checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
+    *("checkpoint.safetensors_files", "checkpoint.source"),
+    *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
     *("__init__", "__main__", "integrations"),
 ]
 FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
