@@ -23,6 +23,7 @@ An average, the entry "swa" of ``{"swa": swa}``, consists of tensors only. Its k
 | `swa.ties.<name>` | uint8 | the other names of a tied parameter or buffer, a JSON list |
 | `swa.schedule.now`, `.first_update`, `.last_update` | int64[4] | batches, samples, tokens, ended epochs; -1: never |
 | `swa.schedule.completed`, `.num_skipped` | int64 | whether it is over; updates refused |
+| `swa.schedule.frozen` | bool | which normalisation layers were frozen at the last update in training mode |
 | `swa.schedule.start_lrs` | float64 | the learning rate of each group at `swa_start`, NaN before |
 
 Several averages stand below their names, ``swa.<average>.slots`` and so on, beside one ``swa.schedule``; a
