@@ -18,6 +18,7 @@ _ACCELERATES_OWN_WARNINGS = ("FSDP.state_dict_type.* are being deprecated", "Det
 
 def enter() -> None:
     """Let every new Accelerator of this process use FSDP where the environment says ACCELERATE_USE_FSDP."""
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     for message in _ACCELERATES_OWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
     plain = Accelerator.__init__
@@ -35,4 +36,5 @@ def enter() -> None:
 if __name__ == "__main__":
     enter()
     sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-import warnings
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,8 +23,9 @@ import fsdp_on_cpu
 from dist_swa import SWA
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 from models import same_bits
-from ranks import on_ranks, run_on_ranks
+from ranks import run_on_ranks
 
+ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH, STEPS, STOP, START = 24, 8, 5, 3
 OPTIONS: dict[str, Any] = {"max_duration": f"{STEPS}ba", "swa_start": f"{START}ba"}
 OPTIMIZERS: dict[str, Any] = {
@@ -39,7 +43,7 @@ def accelerated(kind: str, **options: Any) -> Iterator[Accelerator]:
     """A new accelerator of that kind on this rank."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    os.environ |= {"ACCELERATE_USE_CPU": "1"}
     os.environ |= {"ACCELERATE_USE_FSDP": "false" if kind == "ddp" else "true", "FSDP_VERSION": kind[4:5] or "1"}
     os.environ |= {"FSDP_USE_ORIG_PARAMS": str(kind == "fsdp1"), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     yield Accelerator(**options)
@@ -159,7 +163,7 @@ def plain_loops() -> list[Any]:
 
 def micro_batches() -> dict[str, list[int]]:
     """The steps counted after each micro-batch; `step` is called after every one, and after some optimizer steps."""
-    counts = {}
+    counts: dict[str, list[int]] = {}
     with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
         model, optimizer, swa = prepared(accelerator, "ddp")
         counts["accumulate"] = []
@@ -206,3 +210,119 @@ def test_counts_real_optimizer_steps() -> None:
         "scaler, fused=False": [1, 1, 1, 2],
         "scaler, fused=True": [1, 1, 1, 2],
     }
+
+
+def wrong_uses(folder: Path) -> None:
+    fsdp_on_cpu.enter()
+    for kind in ("ddp", "fsdp1", "fsdp2"):
+        with accelerated(kind) as accelerator:
+            bare = build()
+            with pytest.raises(
+                ValueError, match=r"what accelerator.prepare returned, got a Sequential and a AdamW that"
+            ):
+                prepare_swa(accelerator, bare, torch.optim.AdamW(bare.parameters()), **OPTIONS)
+            model, optimizer, swa = prepared(accelerator, kind, num_processes=2)
+            with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
+                prepare_swa(accelerator, model, optimizer.optimizer, **OPTIONS)
+            with pytest.raises(ValueError, match=r"needs num_processes=4, got 2 of them, .*see launch/accelerate"):
+                prepare_swa(accelerator, model, optimizer, num_processes=4, **OPTIONS)
+            with pytest.raises(RuntimeError, match=r"got name='dist_swa' twice; pass another name="):
+                prepare_swa(accelerator, model, optimizer, **OPTIONS)
+            ema = prepare_swa(accelerator, model, optimizer, name="ema", **OPTIONS)
+            train(accelerator, model, optimizer, swa, 0, START)
+            with swa.swapped_in(), pytest.raises(RuntimeError, match="inside swapped_in; leave it first"):
+                accelerator.save_state(str(folder / kind))
+            swa.detach()
+            accelerator.save_state(str(folder / kind))
+            assert [path.name for path in (folder / kind).iterdir() if path.name in ("dist_swa", "ema")] == ["ema"]
+            swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
+            with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+                accelerator.load_state(str(folder / kind))
+            assert sum("averaging" in str(warning.message) for warning in caught) == 1
+            assert (swa.num_averaged, ema.num_averaged) == (0, 0)
+            next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
+            with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
+                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+            accelerator.state.distributed_type = DistributedType.MEGATRON_LM
+            with pytest.raises(ValueError, match=r"in DDP, FSDP1, FSDP2 or one process, got .*=MEGATRON_LM"):
+                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+
+
+def test_wrong_uses_say_what_to_do(tmp_path: Path) -> None:
+    run_on_ranks(wrong_uses, 2, tmp_path)
+
+
+def learning_rates() -> list[tuple[float, float]]:
+    """The rates that the scheduler wrote, and those that the optimizer has after `swa.step`."""
+    rates = []
+    with accelerated("ddp") as accelerator:
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+        swa = prepare_swa(accelerator, model, optimizer, **OPTIONS, **phase)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            accelerator.backward(model(batch(step)).square().mean())
+            optimizer.step()
+            scheduler.step()
+            written = optimizer.param_groups[0]["lr"]
+            swa.step()
+            rates.append((written, optimizer.param_groups[0]["lr"]))
+    return rates
+
+
+def test_the_rate_of_swa_wins_over_a_scheduler_that_goes_on() -> None:
+    written, rates = zip(*run_on_ranks(learning_rates, 2)[0], strict=True)
+    assert written == pytest.approx([1 / (1 + 2 * step) for step in range(1, STEPS + 1)])  # two ranks, two steps each
+    assert rates[: START - 1] == written[: START - 1]
+    assert rates[START - 1 :] == pytest.approx([(1 / 7 + 0.01) / 2, *[0.01] * (STEPS - START)])
+
+
+@pytest.mark.parametrize("module", ["accelerate"])
+def test_a_missing_framework_names_the_extra(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('gone', name={module!r})")
+    code = f"import dist_swa.integrations.{module}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert f"needs {module}, got none installed; pip install 'dist_swa[{module}]'" in result.stderr.splitlines()[-1]
+
+
+def run_example(folder: Path, *launch: str) -> list[str]:
+    """What the example printed, after a clean end."""
+    result = subprocess.run(
+        [sys.executable, *launch, "examples/train_accelerate.py", "--epochs=2", "--checkpoint", str(folder / "saved")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-3:]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_the_example_runs_with_each_launch_file(tmp_path: Path, kind: str) -> None:
+    """(`FSDP` is printed only where accelerate's own code for it ran.)"""
+    launch = ["-m", "accelerate.commands.launch", f"--config_file=launch/accelerate/{kind}_cpu.yaml"]
+    printed = run_example(tmp_path, *launch, *(["tests/fsdp_on_cpu.py"] if kind != "ddp" else []))
+    assert printed[0] == f"2 processes, {'MULTI_CPU' if kind == 'ddp' else 'FSDP'}"
+    last, averaged = (float(line.split()[-2]) for line in printed[1:])
+    assert averaged > max(70, last)
+    assert (tmp_path / "saved/dist_swa/.metadata").exists()
+    if kind == "ddp":
+        resumed = run_example(tmp_path)  # in a single process; there is nothing left to train
+        assert resumed[0] == "1 processes, NO"
+        assert float(resumed[2].split()[-2]) == pytest.approx(averaged, abs=2)
+
+
+def test_launch_files_for_the_cpu_are_those_for_gpus() -> None:
+    for kind in ("ddp", "fsdp1", "fsdp2"):
+        gpu, cpu = (
+            yaml.safe_load((ROOT / f"launch/accelerate/{name}.yaml").read_text()) for name in (kind, f"{kind}_cpu")
+        )
+        for key in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
+            cpu.get("fsdp_config", {}).pop(key, None)
+        assert cpu == gpu
