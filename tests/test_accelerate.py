@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import fsdp_on_cpu
+from accelerate_on_cpu import enter_fsdp, launched
 from dist_swa import SWA
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 from models import same_bits
@@ -41,14 +40,10 @@ WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": FullyShardedDataParallel, "
 @contextlib.contextmanager
 def accelerated(kind: str, **options: Any) -> Iterator[Accelerator]:
     """A new accelerator of that kind on this rank."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {"ACCELERATE_USE_CPU": "1"}
-    os.environ |= {"ACCELERATE_USE_FSDP": "false" if kind == "ddp" else "true", "FSDP_VERSION": kind[4:5] or "1"}
-    os.environ |= {"FSDP_USE_ORIG_PARAMS": str(kind == "fsdp1"), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    yield Accelerator(**options)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    environment = {"FSDP_VERSION": kind[4:5] or "1", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    environment |= {"ACCELERATE_USE_FSDP": str(kind != "ddp").lower(), "FSDP_USE_ORIG_PARAMS": str(kind == "fsdp1")}
+    with launched(**environment):
+        yield Accelerator(**options)
 
 
 def build() -> nn.Module:
@@ -110,7 +105,7 @@ def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, swa: SWA, 
 
 def stopped(folder: Path) -> None:
     """A run of each kind that ends after its checkpoint, which was written over another one."""
-    fsdp_on_cpu.enter()
+    enter_fsdp()
     for kind in OPTIMIZERS:
         with accelerated(kind) as accelerator:
             model, optimizer, swa = prepared(accelerator, kind)
@@ -124,7 +119,7 @@ def stopped(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    fsdp_on_cpu.enter()
+    enter_fsdp()
     averages = {}
     for kind in OPTIMIZERS:
         with accelerated(kind) as accelerator:
@@ -213,7 +208,7 @@ def test_counts_real_optimizer_steps() -> None:
 
 
 def wrong_uses(folder: Path) -> None:
-    fsdp_on_cpu.enter()
+    enter_fsdp()
     for kind in ("ddp", "fsdp1", "fsdp2"):
         with accelerated(kind) as accelerator:
             bare = build()
@@ -307,7 +302,7 @@ def run_example(folder: Path, *launch: str) -> list[str]:
 def test_the_example_runs_with_each_launch_file(tmp_path: Path, kind: str) -> None:
     """(`FSDP` is printed only where accelerate's own code for it ran.)"""
     launch = ["-m", "accelerate.commands.launch", f"--config_file=launch/accelerate/{kind}_cpu.yaml"]
-    printed = run_example(tmp_path, *launch, *(["tests/fsdp_on_cpu.py"] if kind != "ddp" else []))
+    printed = run_example(tmp_path, *launch, *(["tests/accelerate_on_cpu.py"] if kind != "ddp" else []))
     assert printed[0] == f"2 processes, {'MULTI_CPU' if kind == 'ddp' else 'FSDP'}"
     last, averaged = (float(line.split()[-2]) for line in printed[1:])
     assert averaged > max(70, last)
