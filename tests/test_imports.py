@@ -71,6 +71,16 @@ def test_import_loads_no_trainer_framework(tmp_path: Path) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
 
 
+@pytest.mark.parametrize("framework", ["accelerate", "transformers"])
+def test_a_missing_framework_names_the_extra(tmp_path: Path, framework: str) -> None:
+    (tmp_path / f"{framework}.py").write_text(f"raise ModuleNotFoundError(name={framework!r})")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT.parent)])}
+    command = [sys.executable, "-c", f"import dist_swa.integrations.{framework}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    error = f"needs {framework}, got no {framework}; pip install 'dist_swa[{framework}]'"
+    assert result.stderr.splitlines()[-1].endswith(error)
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith(("__", "_foreach_")) and name != "_BatchNorm"
 

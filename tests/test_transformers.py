@@ -150,65 +150,60 @@ def resumed_runs(folder: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("transformers")
-    results = run_on_ranks(whole_runs, 2, folder)[0]
-    for kind in KINDS:
-        (folder / kind / f"checkpoint-{STOP}").rename(folder / kind / "moved")
-    return folder, results
-
-
 def mean(models: Sequence[dict[str, Tensor]], name: str) -> Tensor:
     return torch.stack([model[name].double() for model in models]).mean(0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_averages_as_a_plain_loop(whole: tuple[Path, dict[str, Any]], kind: str) -> None:
-    expected, models, average, _ = whole[1][kind]
-    names = [name for name, _ in build(kind).named_parameters()]  # the Trainer has recalibrated the statistics
-    assert same_bits(average, expected, names)
-    assert len(models) == STEPS - START + 1
-    for name in names:
-        torch.testing.assert_close(average[name].double(), mean(models, name), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_resumes_from_a_checkpoint_that_was_moved(whole: tuple[Path, dict[str, Any]], ranks: int) -> None:
-    folder, results = whole
-    resumed = run_on_ranks(resumed_runs, ranks, folder)[0]
+def test_averages_as_a_plain_loop_also_when_resumed(tmp_path: Path) -> None:
+    whole = run_on_ranks(whole_runs, 2, tmp_path)[0]
     for kind in KINDS:
-        _, models, average, _ = results[kind]
-        if ranks == 2:
-            assert same_bits(resumed[kind], average), kind
-        elif kind.startswith("gpt2"):  # BatchNorm trains otherwise on other ranks
-            for name in average:
-                torch.testing.assert_close(resumed[kind][name].double(), mean(models, name), rtol=0, atol=1e-6)
-        saved = resumed[f"{kind}, saved"]
-        assert same_bits(resumed[kind], saved, saved), kind
-        if kind.startswith("resnet"):
-            embedder = "resnet.embedder.embedder"
-            images = stack(data(kind))["pixel_values"]
-            weight = saved[f"{embedder}.convolution.weight"]
-            hidden = nn.functional.conv2d(images, weight, stride=2, padding=3).transpose(0, 1).flatten(1)
-            torch.testing.assert_close(saved[f"{embedder}.normalization.running_mean"], hidden.mean(1))
-            torch.testing.assert_close(saved[f"{embedder}.normalization.running_var"], hidden.var(1))
+        expected, models, average, log = whole[kind]
+        names = [name for name, _ in build(kind).named_parameters()]  # the Trainer has recalibrated the statistics
+        assert same_bits(average, expected, names), kind  # though it looked at averages in between
+        assert len(models) == STEPS - START + 1
+        for name in names:
+            torch.testing.assert_close(average[name].double(), mean(models, name), rtol=0, atol=1e-6)
+        check_log(kind, models, average, log)
+        (tmp_path / kind / f"checkpoint-{STOP}").rename(tmp_path / kind / "moved")
+    for ranks in (2, 3):
+        resumed = run_on_ranks(resumed_runs, ranks, tmp_path)[0]
+        for kind, (_, models, average, _) in whole.items():
+            if ranks == 2:
+                assert same_bits(resumed[kind], average), kind
+            elif kind.startswith("gpt2"):  # BatchNorm trains otherwise on other ranks
+                for name in average:
+                    torch.testing.assert_close(resumed[kind][name].double(), mean(models, name), rtol=0, atol=1e-6)
+            saved = resumed[f"{kind}, saved"]
+            assert same_bits(resumed[kind], saved, saved), kind
+            if kind.startswith("resnet"):
+                check_statistics(kind, saved)
 
 
-def test_evaluates_averaged_weights_with_a_prefix(whole: tuple[Path, dict[str, Any]]) -> None:
-    """And the averages of the runs that looked have the bits of those that did not (see above)."""
-    for kind in ("gpt2 ddp", "gpt2 fsdp2"):
-        _, models, _, log = whole[1][kind]
-        losses = {(entry["step"], key): entry[key] for entry in log for key in entry if key.endswith("_loss")}
-        keys = [(2, "eval_loss"), (4, "eval_loss"), (4, "eval_swa_loss"), (6, "eval_loss"), (6, "eval_swa_loss")]
-        assert list(losses) == [*keys, (6, "train_loss")]
-        for step, key in keys[1:]:
-            last = models[: step - START + 1]
-            model = build(kind).eval()
-            model.load_state_dict({name: mean(last if "swa" in key else last[-1:], name) for name in last[0]})
-            batch = stack(data(kind)[:GLOBAL_BATCH])
-            loss = float(model(**batch, num_items_in_batch=batch["labels"].numel()).loss.detach())
-            assert losses[step, key] == pytest.approx(loss, rel=1e-5), (kind, step, key)
+def check_log(kind: str, models: Sequence[dict[str, Tensor]], average: dict[str, Tensor], log: Any) -> None:
+    """The losses in the Trainer's log are those of trained and averaged models, the last one's with its statistics."""
+    losses = {(entry["step"], key): entry[key] for entry in log for key in entry if key.endswith("_loss")}
+    keys = [(2, "eval_loss"), (4, "eval_loss"), (4, "eval_swa_loss"), (6, "eval_loss"), (6, "eval_swa_loss")]
+    assert list(losses) == [*keys, (6, "train_loss")]
+    expected: dict[tuple[int, str], dict[str, Tensor]] = {keys[-1]: average}
+    if kind.startswith("gpt2"):
+        expected |= {(step, "eval_loss"): models[step - START] for step in (4, 6)}
+        expected[4, "eval_swa_loss"] = {name: mean(models[: 4 - START + 1], name) for name in models[0]}
+    batch = stack(data(kind)[:GLOBAL_BATCH])
+    scale = 2 if kind.startswith("resnet") else 1  # the Trainer's: ranks, though this loss is a mean already
+    for key, state in expected.items():
+        model = build(kind).eval()
+        model.load_state_dict(state)
+        loss = float(model(**batch, num_items_in_batch=batch["labels"].numel()).loss.detach())
+        assert losses[key] == pytest.approx(scale * loss, rel=1e-5), (kind, key)
+
+
+def check_statistics(kind: str, saved: dict[str, Tensor]) -> None:
+    """The first BatchNorm has the statistics of all the data, whatever the ranks."""
+    images, embedder = stack(data(kind))["pixel_values"], "resnet.embedder.embedder"
+    hidden = nn.functional.conv2d(images, saved[f"{embedder}.convolution.weight"], stride=2, padding=3)
+    hidden = hidden.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(saved[f"{embedder}.normalization.running_mean"], hidden.mean(1))
+    torch.testing.assert_close(saved[f"{embedder}.normalization.running_var"], hidden.var(1))
 
 
 class Rates(TrainerCallback):
@@ -253,6 +248,7 @@ def uses(folder: Path) -> None:
         averaged = ["eval_swa_a_loss", "eval_swa_b_loss"]
         assert looks == ["eval_a_loss", "eval_b_loss", *averaged, *averaged, "train_loss"]
         assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_b_loss"}  # training is over
+        assert "evaluate" not in vars(trainer)
         trainer.train()  # again, with an average of its own
         assert callback.swa.num_averaged == STEPS - START + 1
     with launched():
@@ -271,6 +267,15 @@ def uses(folder: Path) -> None:
         trainer.train_dataset = Endless()
         trainer.train()
         assert callback.swa.num_averaged == STEPS // 2
+    weights = []
+    for looks_every in (1, STEPS):
+        with launched():
+            options: dict[str, Any] = {"train_sampling_strategy": "random", "eval_strategy": "steps"}
+            callback = SWACallback(swa_start="1ba")
+            trainer = trainer_for("resnet ddp", folder / "looks", callback, eval_steps=looks_every, **options)
+            trainer.train()
+            weights.append(callback.swa.average.full_state_dict())
+    assert same_bits(*weights)  # looking, with a pass over the training data, has changed nothing
 
 
 def test_follows_the_trainer(tmp_path: Path) -> None:

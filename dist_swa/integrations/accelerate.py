@@ -18,7 +18,7 @@ try:
     from accelerate.utils import DistributedType, broadcast_object_list
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "dist_swa.integrations.accelerate needs accelerate, got none installed; pip install 'dist_swa[accelerate]'",
+        f"dist_swa.integrations.accelerate needs accelerate, got no {error.name}; pip install 'dist_swa[accelerate]'",
         name=error.name,
     ) from error
 
