@@ -15,6 +15,11 @@ _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE_NUMEL = 1 << 20  # elements that are weighted at a time
 
 
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return the rank of this process, and how many there are. Local."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+
 def agreed_max(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
     """Return the largest of each of `values` over the ranks of `group`. A collective; without any, `values`."""
     if not dist.is_initialized():

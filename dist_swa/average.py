@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from dist_swa.foreach import lerp, plan
-from dist_swa.model import ModelShards, NamePattern
+from dist_swa.model import ModelShards
+from dist_swa.names import NamePattern
 from dist_swa.rules import Elapsed, Equal, Rule
+from dist_swa.shards import LocalShard
 from dist_swa.track import Track, check_keys
 
 _UNNAMED = ""  # the key of the only average, where it was given no name
@@ -32,8 +33,8 @@ class ShardedAverage:
         rule: how much each model weighs, see `dist_swa.rules`; or several averages, as ``{"swa": Equal(), "ema":
             EMA(decay=0.999)}``: they are updated together, in one walk over the parameters, and the methods below
             take the `name` of one of them.
-        parameters: which of the trainable parameters are averaged: a pattern for FQNs as "head.*" (see `fnmatch`), a
-            list of patterns, or a function of the FQN. The others stay trained ones when the average is swapped in.
+        parameters: which of the trainable parameters are averaged: a pattern of FQNs as "head.*" (see `fnmatch`), a
+            function of the FQN, or several. The others stay trained ones when the average is swapped in.
         dtype: of the average; anything below float32 loses small updates (an EMA in bfloat16 never moves).
         device: of the average; default: where the parameters are.
         buffers: "copy": the average has the buffers of the model at the last update. "average": it has their average
@@ -79,6 +80,11 @@ class ShardedAverage:
     def names(self) -> tuple[str, ...]:
         """The names of the averages; none where there is only one that was given none."""
         return tuple(name for name in self._tracks if name != _UNNAMED)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same weights, under DDP or as given; None for all ranks."""
+        return self._shards.group
 
     @property
     def num_averaged(self) -> int:
@@ -167,27 +173,33 @@ class ShardedAverage:
         dtype under all their names, others and persistent buffers in their own. Memory: one whole parameter
         at a time on every rank, the whole model on the first. Raises RuntimeError before the first update.
         """
-        track = self.track("full_state_dict", name)
-        self.require("full_state_dict", updated=True)
         shards, is_first = self._shards, self._shards.is_first_rank
-        shards.follow()
-        buffers = {s.name: s.held for s in shards.buffers} if self._swapped_in is track else track.buffers
+        deployed = self._deployed("full_state_dict", name)
+        held = {shard.name: shard.held for shard in shards.others if shard.rows is not None}  # whole on every rank
         full: dict[str, Any] = {}
-        for shard, whole in chain(
-            ((shard, shard.gathered(local)) for shard, local in zip(shards.averaged, track.averages(), strict=True)),
-            ((shard, shard.held if shard.rows is not None else shard.gathered(shard.local)) for shard in shards.others),
-            ((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
-        ):
+        for shard, local in deployed:
+            whole = held[shard.name] if shard.name in held else shard.gathered(local)
             if is_first:
                 full |= dict.fromkeys(shard.names, whole.to("cpu", copy=True))
         return full | shards.extra_state() if is_first else full
+
+    @torch.no_grad()
+    def sharded_state_dict(self, name: str | None = None) -> dict[str, Any]:
+        """Return what `full_state_dict` does, but on every rank and sharded: DTensors for torch.distributed.checkpoint.
+
+        They lie on the storage of average and model (under FSDP1, and for a `Window`, on a copy). Local, but a
+        collective under FSDP1. Raises RuntimeError before the first update.
+        """
+        state: dict[str, Any] = {}
+        for shard, local in self._deployed("sharded_state_dict", name):
+            state |= dict.fromkeys(shard.names, self._shards.written_once(shard, local))
+        return state | self._shards.extra_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages for torch.distributed.checkpoint: tensors on their own storage. Local, no copy.
 
         (Under FSDP1 a copy, and one all-reduce for each parameter, here and in `load_state_dict`.)
-        Keys: format_version, num_averaged, num_parameters, rule.<class>, slots.<i>.<parameter>, buffers.<buffer>,
-        ties.<parameter>, with several averages below the name of each; a parameter is a DTensor of its whole shape.
+        Keys: see `dist_swa.checkpoint`; a parameter is a DTensor of its whole shape.
         Call it on every rank, or let dcp.save and dcp.load do so. Raises RuntimeError inside `swapped_in`, where the
         model's own state dict would be the average as well.
         """
@@ -242,6 +254,19 @@ class ShardedAverage:
         """Pair averages with shards, once: in lists that foreach takes, split and staged where dtypes differ."""
         slots = [slot for track in self._tracks.values() for slot in track.slots]
         self._updates = plan(slots, [shard.local for shard in self._shards.averaged])
+
+    def _deployed(self, action: str, name: str | None) -> list[tuple[LocalShard, Tensor]]:
+        """Return each parameter and persistent buffer of the averaged model, with this rank's part of it."""
+        track = self.track(action, name)
+        self.require(action, updated=True)
+        shards = self._shards
+        shards.follow()
+        buffers = {s.name: s.held for s in shards.buffers} if self._swapped_in is track else track.buffers
+        return [
+            *zip(shards.averaged, track.averages(), strict=True),
+            *((shard, shard.local) for shard in shards.others),
+            *((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
+        ]
 
     @torch.no_grad()
     def _write(self, track: Track) -> None:

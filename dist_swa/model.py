@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_swa.agreement import agreed_max, all_agree, check_replicas, fingerprint
+from dist_swa.names import NamePattern, select
 from dist_swa.shards import (
     LocalShard,
     Unwritten,
@@ -29,9 +29,8 @@ from dist_swa.shards import (
     kept_buffers,
     reshard,
     unwrap,
+    write_into,
 )
-
-NamePattern = str | Sequence[str] | Callable[[str], bool]
 
 
 class ModelShards:
@@ -48,20 +47,19 @@ class ModelShards:
         parameters: NamePattern | None = None,
     ) -> None:
         self.module, self._ddp = unwrap(model)
-        self._selects = name_matcher(parameters, "parameters")
         if self._ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
-        self._group = process_group if self._ddp is None else self._ddp.process_group
-        if self._group is not None and not isinstance(self._group, dist.ProcessGroup):
+        self.group = process_group if self._ddp is None else self._ddp.process_group
+        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(
-                f"process_group needs a group that this rank is in, got process_group={self._group!r}; call this on its"
+                f"process_group needs a group that this rank is in, got process_group={self.group!r}; call this on its"
                 " ranks only"
             )
         self._fsdp_modules = find_fsdp_modules(self.module)
         self._replica_mesh: DeviceMesh | None = None
         self._flat_meshes: dict[FullyShardedDataParallel, DeviceMesh] = {}
         with self.all_agree():
-            self._capture()
+            self._capture(parameters)
         if self._replica_mesh is not None:
             shards = [(shard, True) for shard in self.averaged] + [(shard, False) for shard in self.others]
             names = [shard.name for shard, _ in shards]
@@ -72,16 +70,18 @@ class ModelShards:
             check_replicas(names, fingerprints, self._replica_mesh.get_group(), self._device)
         self.is_first_rank = is_first_rank([*self.averaged, *self.others], self._flat_meshes)
 
-    def _capture(self) -> None:
+    def _capture(self, parameters: NamePattern | None) -> None:
         self.reshard()
-        if self._group is not None:
+        if self.group is not None:
             if are_sharded(self.module):
                 raise ValueError(
                     "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
-            self._replica_mesh = DeviceMesh.from_group(self._group, self._device.type)
+            self._replica_mesh = DeviceMesh.from_group(self.group, self._device.type)
         self._flat_meshes = find_flat_meshes(self._fsdp_modules)
         shards = find_parameters(self.module, self._replica_mesh, self._flat_meshes)
+        names = [name for shard in shards for name in shard.names]
+        self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
         self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
         self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
         if not self.averaged:
@@ -105,7 +105,7 @@ class ModelShards:
 
     def all_agree(self) -> AbstractContextManager[None]:
         """Let an error in the body raise on all replicas, which would wait for each other. A collective of them."""
-        return nullcontext() if self._group is None else all_agree(self._group, self._device)
+        return nullcontext() if self.group is None else all_agree(self.group, self._device)
 
     def reshard(self) -> None:
         reshard(self._fsdp_modules)
@@ -144,7 +144,7 @@ class ModelShards:
         """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
         for shard, average in zip(self.averaged, averages, strict=True):
             whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
-            shard.write(whole)
+            write_into(shard.held, whole)
 
     def written_once(self, shard: LocalShard, local: Tensor) -> Tensor:
         """Return the whole of it so that the first rank's goes into a checkpoint, from which all ranks read.
@@ -174,7 +174,7 @@ class ModelShards:
             self.reshard()
             with torch.no_grad():
                 for shard, held in values:
-                    shard.write(held)
+                    write_into(shard.held, held)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
@@ -199,25 +199,7 @@ class ModelShards:
         return num_bad == 0
 
     def _is_to_be_averaged(self, shard: LocalShard) -> bool:
-        return shard.is_trainable and any(self._selects(name) for name in shard.names)
+        return shard.is_trainable and not self._selected.isdisjoint(shard.names)
 
     def _identity(self) -> tuple[list[Any], ...]:
         return identity(self.module, chain(self.averaged, self.others))
-
-
-def name_matcher(pattern: NamePattern | None, argument: str) -> Callable[[str], bool]:
-    """Return what tells whether an FQN is meant by the argument: a shell-style pattern, several, a function, or None.
-
-    None means all names. Raises TypeError for anything else.
-    """
-    if pattern is None:
-        return lambda name: True
-    if callable(pattern):
-        return pattern
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if not isinstance(patterns, Iterable) or not all(isinstance(one, str) for one in patterns):
-        raise TypeError(
-            f"{argument} needs a pattern such as 'head.*', a list of them or a function of a name, got"
-            f" {argument}={pattern!r}; see fnmatch"
-        )
-    return lambda name: any(fnmatchcase(name, one) for one in patterns)

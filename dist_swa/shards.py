@@ -86,12 +86,6 @@ class LocalShard:
         """The part of it that this rank averages, on its own storage."""
         return self.held if self.rows is None else self.held[self.rows]
 
-    def write(self, values: Tensor) -> None:
-        """Copy `values` into all that this rank holds of it. An expanded buffer stays: it cannot be written."""
-        held = self.held
-        if all(stride or size == 1 for stride, size in zip(held.stride(), held.shape, strict=True)):
-            held.copy_(values)
-
     def is_same_as(self, other: LocalShard | None) -> bool:
         """Whether `other` has the same names, shape and placements."""
         if other is None or self.names != other.names or self.shape != other.shape:
@@ -146,6 +140,12 @@ def is_first_rank(shards: Sequence[LocalShard], flat_modules: Iterable[FullyShar
         any(any(mesh.get_coordinate() or ()) for mesh in meshes)
         or any(group is not None and dist.get_rank(group) for group in replicas)
     )
+
+
+def write_into(target: Tensor, values: Tensor) -> None:
+    """Copy `values` into `target`. An expanded one stays: it cannot be written."""
+    if all(stride or size == 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+        target.copy_(values)
 
 
 class Unwritten(Tensor):
@@ -262,9 +262,41 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
             buffers.update(before)
 
 
-def has_collective_forward(module: nn.Module) -> bool:
-    """Whether the ranks have to run a forward of `module` together."""
-    return bool(find_fsdp_modules(module)) or any(isinstance(p, DTensor) for p in module.parameters())
+def forward_groups(module: nn.Module) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
+    """Return the groups whose ranks run a forward of `module` together, and those of them that need the same input.
+
+    The first are those of FSDP1, FSDP2 and tensor parallelism, the second of tensor parallelism alone.
+    """
+    num_fsdp_axes = {
+        id(sharded.sharded_param): group.mesh_info.mesh.ndim
+        for part in module.modules()
+        if isinstance(part, FSDPModule)
+        for group in _param_groups(part)
+        for sharded in group.fsdp_params
+    }
+    together: dict[dist.ProcessGroup, None] = {}
+    same_input: dict[dist.ProcessGroup, None] = {}
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            groups = parameter.device_mesh.get_all_groups()
+            together.update(dict.fromkeys(groups))
+            same_input.update(dict.fromkeys(groups[num_fsdp_axes.get(id(parameter), 0) :]))
+    for part in module.modules():
+        if isinstance(part, FullyShardedDataParallel) and part.process_group:
+            together[part.process_group] = None
+    return list(together), list(same_input)
+
+
+def _param_groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.13
+
+
+def named_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules inside `module` by their FQN; of a wrapper and what it wraps, the latter."""
+    return {clean_name(name): part for name, part in module.named_modules()}
 
 
 def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) -> list[LocalShard]:

@@ -14,9 +14,11 @@ from torch import nn
 from dist_swa.average import ShardedAverage, named_rules
 from dist_swa.batch_norm import recalibrate_batch_norm
 from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
-from dist_swa.model import NamePattern
+from dist_swa.names import NamePattern
+from dist_swa.norms import find_norms
 from dist_swa.rules import Equal, Rule
 from dist_swa.schedule import Decision, Schedule
+from dist_swa.shards import unwrap
 from dist_swa.track import check_keys
 
 
@@ -109,6 +111,8 @@ class SWA:
         self._swa_lr = swa_lr
         self._anneal = (anneal_strategy, anneal_steps)
         self._start_lrs: list[float] = []
+        self._norms = find_norms(unwrap(model)[0])
+        self._frozen: set[str] = set()  # those that did not train at the last update in training mode
 
     @property
     def started(self) -> bool:
@@ -153,12 +157,12 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model, for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them,
-        and layers count as frozen only while the model is in training mode. Every rank calls it: a collective under
-        DDP, and where it recalibrates. Memory: as `swapped_in`. With nothing averaged the model stays as it is, with
-        one warning. Raises ValueError for a model with BatchNorm and no `batches` (with ``buffers="average"`` it then
-        keeps the averaged statistics), what `recalibrate_batch_norm` raises, and RuntimeError where the schedule
-        counts epochs in a run that told of none; nothing has changed then.
+        `batches` and `options` are those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them.
+        Layers that were frozen at the last update in training mode keep their statistics, whatever mode the model is
+        in now. Every rank calls it: a collective under DDP, and where it recalibrates. Memory: as `swapped_in`. With
+        nothing averaged the model stays as it is, with one warning. Raises ValueError for a model with BatchNorm and
+        no `batches` (with ``buffers="average"`` it then keeps the averaged statistics), what `recalibrate_batch_norm`
+        raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
         """
         if self.schedule.is_blind_to_epochs:
             raise RuntimeError(
@@ -172,22 +176,20 @@ class SWA:
                 stacklevel=2,
             )
             return
+        skip = options.pop("skip", None)
+        options["skip"] = [self._frozen.__contains__, *([] if skip is None else [skip])]
         with self.swapped_in():  # the statistics are the average's, and nothing has changed if this fails
             if batches is not None or not self.average.averages_buffers:
-                recalibrate_batch_norm(self._model, _no_batches() if batches is None else batches, **options)
+                recalibrate_batch_norm(self._model, _NoBatches() if batches is None else batches, **options)
         self.average.transfer(self._transferred)
         self.schedule.completed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, the position in the schedule and the rates at `swa_start`, all as tensors. Local.
+        """Return the average, the position in the schedule, the rates at `swa_start` and frozen layers. Local.
 
         Raises RuntimeError inside `swapped_in`.
         """
-        schedule = {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()}
-        schedule["num_skipped"] = torch.tensor(self.num_skipped)
-        if self._optimizer is not None:
-            schedule["start_lrs"] = torch.tensor(self._known_start_lrs(self._optimizer), dtype=torch.float64)
-        return {**self.average.state_dict(), "schedule": schedule}
+        return {**self.average.state_dict(), "schedule": self._schedule_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the average and the position in the schedule; start, end, interval and rates stay as constructed.
@@ -197,13 +199,9 @@ class SWA:
         self.average.require("load_state_dict", outside_of_a_swap=True)
         check_keys(state_dict, ["schedule"])
         schedule = {key: value.tolist() for key, value in state_dict["schedule"].items()}
-        check_keys(
-            schedule,
-            [*self.schedule.state_dict(), "num_skipped", *(["start_lrs"] if self._optimizer is not None else [])],
-        )
+        check_keys(schedule, self._schedule_state())
         start_lrs: list[float] = []
         if self._optimizer is not None:
-            check_keys(schedule, ["start_lrs"])
             start_lrs = schedule["start_lrs"]
             num_groups = len(self._optimizer.param_groups)
             if len(start_lrs) != num_groups:
@@ -211,10 +209,17 @@ class SWA:
                     f"load_state_dict needs the {len(start_lrs)} param groups of the checkpoint, got {num_groups=};"
                     " build the optimizer as it was"
                 )
+        frozen = schedule.get("frozen", [])
+        if len(frozen) != len(self._norms):
+            raise ValueError(
+                f"load_state_dict needs the {len(frozen)} normalisation layers of the checkpoint, got"
+                f" num_layers={len(self._norms)}; build the model as it was"
+            )
         self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
         self.schedule.load_state_dict(schedule)
         self.num_skipped = schedule["num_skipped"]
         self._start_lrs = start_lrs if self.started else []
+        self._frozen = {name for name, is_frozen in zip(self._norms, frozen, strict=True) if is_frozen}
 
     def _follow(self, check: Callable[[], Decision]) -> bool:
         """Do what the schedule says after `check`; where that fails, nothing was counted."""
@@ -227,6 +232,8 @@ class SWA:
                 decision = self._skip(decision, position)
             if decision.update:
                 self.average.update(decision.elapsed)
+                if unwrap(self._model)[0].training:
+                    self._frozen = {name for name, layer in self._norms.items() if not layer.training}
         except Exception:
             self.schedule.load_state_dict(position)
             raise
@@ -252,15 +259,21 @@ class SWA:
             )
         return Decision(complete=decision.complete and self.schedule.completed)
 
-    def _known_start_lrs(self, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Return the rates at `swa_start`; before it, as many that are not a number."""
-        return self._start_lrs or [float("nan")] * len(optimizer.param_groups)
+    def _schedule_state(self) -> dict[str, torch.Tensor]:
+        state = {key: torch.tensor(value) for key, value in self.schedule.state_dict().items()}
+        state["num_skipped"] = torch.tensor(self.num_skipped)
+        if self._optimizer is not None:  # rates at `swa_start`; before it, as many that are not a number
+            lrs = self._start_lrs or [float("nan")] * len(self._optimizer.param_groups)
+            state["start_lrs"] = torch.tensor(lrs, dtype=torch.float64)
+        if self._norms:
+            state["frozen"] = torch.tensor([name in self._frozen for name in self._norms])
+        return state
 
 
-def _no_batches() -> Iterator[Any]:
-    """Raise when asked for a batch: the pass then tells all ranks."""
-    raise ValueError(
-        "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
-        " average.transfer() to keep the statistics of the last update"
-    )
-    yield
+class _NoBatches:
+    def __iter__(self) -> Iterator[Any]:
+        """Raise when asked for a batch: the pass then tells all ranks."""
+        raise ValueError(
+            "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
+            " average.transfer() to keep the statistics of the last update"
+        )

@@ -13,11 +13,11 @@ from torch import Tensor
 from dist_swa.foreach import lerp, mean, plan
 from dist_swa.model import ModelShards
 from dist_swa.rules import Rule
-from dist_swa.shards import LocalShard
+from dist_swa.shards import LocalShard, write_into
 
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 1
 _RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes
-_KEYS = ("format_version", "num_averaged", "num_parameters", "rule", "slots", "buffers", "ties")
+_KEYS = ("format_version", "num_averaged", "num_parameters", "num_others", "rule", "slots", "buffers", "ties")
 
 
 class Track:
@@ -73,15 +73,16 @@ class Track:
     def write_buffers(self) -> None:
         """Copy the buffers that model and average share into the model."""
         for shard in self._shared_buffers():
-            shard.write(self.buffers[shard.name])
+            write_into(shard.held, self.buffers[shard.name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors only, on the average's own storage (but see `LocalShard.whole`)."""
         persistent = self._persistent_buffers()
         return {
-            "format_version": torch.tensor(_FORMAT_VERSION),
+            "format_version": torch.tensor(FORMAT_VERSION),
             "num_averaged": torch.tensor(self.num_averaged),
             "num_parameters": torch.tensor(len(self._shards.averaged)),
+            "num_others": torch.tensor(len(self._shards.others)),
             "rule": {type(self.rule).__name__: _encoded(repr(self.rule).ljust(_RULE_BYTES, "\0"))},
             "slots": {
                 str(i): {
@@ -162,9 +163,9 @@ class Track:
     def _check_header(self, state: Mapping[str, Any]) -> None:
         check_keys(state, _KEYS)
         version = int(state["format_version"])
-        if version > _FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"load_state_dict needs format_version <= {_FORMAT_VERSION}, got {version=}; update dist_swa"
+                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
             )
         name, encoded = next(iter(state["rule"].items()))
         if name != type(self.rule).__name__:

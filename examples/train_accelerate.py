@@ -79,6 +79,7 @@ def train(args: argparse.Namespace) -> None:
     averaged = evaluate(accelerator, model, test_loader)
     accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}")
     accelerator.print(f"last iterate {last:10.2f} %\naveraged {averaged:14.2f} %")
+    accelerator.wait_for_everyone()  # no rank goes while another one still talks to it
     accelerator.end_training()
 
 

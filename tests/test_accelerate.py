@@ -97,9 +97,9 @@ def prepared(accelerator: Accelerator, kind: str, **options: Any) -> tuple[nn.Mo
 
 def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, swa: SWA, first: int, last: int) -> None:
     for step in range(first, last):
-        optimizer.zero_grad()
         accelerator.backward(model(batch(step)).square().mean())
         optimizer.step()
+        optimizer.zero_grad()  # or DCP would not step the optimizer to save it
         swa.step()
 
 
@@ -114,7 +114,7 @@ def stopped(folder: Path) -> None:
             accelerator.save_state(str(folder / kind))
             train(accelerator, model, optimizer, swa, START, STOP)
             accelerator.save_state(str(folder / kind))
-            assert not swa.step()  # DCP has stepped the optimizer to save it
+            assert not swa.step()  # DCP has stepped an optimizer without a state to save it
             assert swa.schedule.now.batches == STOP
 
 
@@ -124,8 +124,11 @@ def resumed(folder: Path) -> dict[str, Any]:
     for kind in OPTIMIZERS:
         with accelerated(kind) as accelerator:
             model, optimizer, swa = prepared(accelerator, kind)
+            optimizer.step()  # not to be counted, since what follows goes back to the checkpoint
+            optimizer.zero_grad()
             accelerator.load_state(str(folder / kind))
             assert not swa.step()
+            assert swa.schedule.now.batches == STOP
             assert swa.num_averaged == STOP - START + 1
             train(accelerator, model, optimizer, swa, STOP, STEPS)
             averages[kind] = swa.average.full_state_dict()
@@ -232,7 +235,8 @@ def wrong_uses(folder: Path) -> None:
             with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
                 accelerator.load_state(str(folder / f"{kind} detached"))
             assert sum("averaging" in str(warning.message) for warning in caught) == 1
-            assert (swa.num_averaged, ema.num_averaged) == (0, 0)  # `ema` was asked for no step
+            assert not swa.step()
+            assert (swa.schedule.now.batches, swa.num_averaged, ema.num_averaged) == (0, 0, 0)
             next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
             with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
                 prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)

@@ -1,5 +1,6 @@
 """An average goes through torch.distributed.checkpoint to any wrapper and number of ranks, and resumes to the bit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,64 +15,91 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.checkpoint.stateful import Stateful
 
-from dist_swa import EMA, SWA, Equal, Polynomial, ShardedAverage, Window
-from dist_swa.rules import Rule
-from models import WRAPPERS, Net, build, group_of, same_bits, train, trajectory, wrap, write
+from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint
+from models import Net, build, group_of, same_bits, train, trajectory, wrap, write
 from ranks import on_ranks, run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint of one process
-RULES: tuple[Rule, ...] = (Equal(), EMA(decay=0.9), EMA(decay=0.9, warmup=True), Polynomial(2.0), Window(3))
+WRAPPERS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2+tp")
+WORLD_SIZES = (1, 2, 3, 4, 8)
+RULE = EMA(decay=0.9, warmup=True)  # what comes next depends on how many were averaged
 
 
-def averages_of(wrapper: str) -> tuple[nn.Module, dict[str, ShardedAverage]]:
-    """Return a wrapped model, and an average of it by each rule."""
-    model = wrap(build(), wrapper)
-    return model, {str(rule): ShardedAverage(model, rule, process_group=group_of(wrapper)) for rule in RULES}
-
-
-def follow(model: nn.Module, averages: dict[str, ShardedAverage], models: list[dict[str, Tensor]]) -> None:
+def follow(model: nn.Module, averages: list[ShardedAverage], models: list[dict[str, Tensor]]) -> None:
     for values in models:
         write(model, values)
-        for average in averages.values():
+        for average in averages:
             average.update()
 
 
-def full(averages: dict[str, ShardedAverage]) -> dict[str, Tensor]:
-    return {f"{rule} {name}": value for rule, a in averages.items() for name, value in a.full_state_dict().items()}
+def save_all(folder: Path) -> list[dict[str, Tensor]]:
+    """Save averages of 4 models under every wrapper, in one checkpoint; return what they become after 3 more."""
+    models = {wrapper: wrap(build(), wrapper) for wrapper in WRAPPERS}
+    averages = {wrapper: ShardedAverage(model, RULE) for wrapper, model in models.items()}
+    for wrapper, model in models.items():
+        follow(model, [averages[wrapper]], trajectory(7, build())[:4])
+    checkpoint.save(averages, folder / f"{dist.get_world_size()}")
+    for wrapper, model in models.items():
+        follow(model, [averages[wrapper]], trajectory(7, build())[4:])
+    return [average.full_state_dict() for average in averages.values()]
 
 
-def save(folder: Path) -> list[dict[str, Tensor]]:
-    """Save averages of 4 models under every wrapper; return what they become after 3 more."""
-    found = []
+def load_all(folder: Path, expected: dict[str, Tensor]) -> int:
+    """Load what every wrapper on every number of ranks wrote into every wrapper, and go on; return how often.
+
+    What was loaded is compared on every rank, with an average that was never saved: its shards, bit by bit.
+    """
+    num_loaded = 0
     for wrapper in WRAPPERS:
-        model, averages = averages_of(wrapper)
-        follow(model, averages, trajectory(7, build())[:4])
-        save_checkpoint(dict(averages), checkpoint_id=folder / wrapper)
-        follow(model, averages, trajectory(7, build())[4:])
-        found.append(full(averages))
-    return found
+        model = wrap(build(), wrapper)
+        never_saved = ShardedAverage(model, RULE)
+        follow(model, [never_saved], trajectory(7, build())[:4])
+        for source in sorted(folder.iterdir()):
+            averages = {saved: ShardedAverage(model, RULE) for saved in WRAPPERS}
+            checkpoint.load({**averages}, source)
+            num_loaded += sum(has_same_shards(average, never_saved) for average in averages.values())
+        follow(model, [never_saved, *averages.values()], trajectory(7, build())[4:])
+        assert all(has_same_shards(average, never_saved) for average in averages.values())
+        full = never_saved.full_state_dict()
+        assert not full or same_bits(full, expected), wrapper
+    return num_loaded
 
 
-def load(folder: Path) -> list[dict[str, Tensor]]:
-    """Load what each wrapper wrote into each wrapper; return the averages after 3 more models."""
-    found = []
-    for source in WRAPPERS:
-        for wrapper in WRAPPERS:
-            model, averages = averages_of(wrapper)
-            load_checkpoint(dict(averages), checkpoint_id=folder / source)
-            assert all(average.num_averaged == 4 for average in averages.values())
-            follow(model, averages, trajectory(7, build())[4:])
-            found.append(full(averages))
-    return found
+def has_same_shards(left: ShardedAverage, right: ShardedAverage) -> bool:
+    mine, theirs = left.track("comparing", None), right.track("comparing", None)
+    pairs = [*zip(mine.slots[0], theirs.slots[0], strict=True)]
+    pairs += [(mine.buffers[name], buffer) for name, buffer in theirs.buffers.items()]
+    return mine.num_averaged == theirs.num_averaged > 0 and all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("saving", "loading"), [(4, 3), (3, 4), (1, 2), (4, 1)])
-def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(tmp_path: Path, saving: int, loading: int) -> None:
-    expected = run_on_ranks(save, saving, tmp_path)[0]
-    found = run_on_ranks(load, loading, tmp_path)[0]
-    assert len(found) == len(WRAPPERS) ** 2
-    for result in expected + found:
-        assert same_bits(result, expected[0])
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Return the checkpoints of every wrapper on every number of ranks, and what they become after 3 more models."""
+    folder = tmp_path_factory.mktemp("matrix")
+    found = [result for ranks in WORLD_SIZES for result in run_on_ranks(save_all, ranks, folder)[0]]
+    assert all(same_bits(result, found[0]) for result in found)
+    return folder, found[0]
+
+
+@pytest.mark.parametrize("ranks", WORLD_SIZES)
+def test_any_wrapper_and_number_of_ranks_goes_on_to_the_same_bits(
+    matrix: tuple[Path, dict[str, Tensor]], ranks: int
+) -> None:
+    num_loaded = run_on_ranks(load_all, ranks, *matrix)
+    assert num_loaded == [len(WRAPPERS) * len(WORLD_SIZES) * len(WRAPPERS)] * ranks
+
+
+def test_the_table_of_the_format_names_every_key() -> None:
+    model = build()
+    swa = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1), swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    described = str(checkpoint.__doc__).partition("version 1 of the format")[2].partition("Several averages")[0]
+    state = swa.state_dict()
+    for key in state:
+        for inner in state["schedule"] if key == "schedule" else [""]:
+            assert re.search(rf"`(swa.schedule)?\.?{inner}`" if inner else rf"`swa\.{key}[.`]", described), (key, inner)
+    rows = re.findall(r"^\| `swa\.(\w+)", described, re.MULTILINE)
+    assert set(rows) == set(state)
 
 
 class Buffers(nn.Module):
@@ -85,24 +113,32 @@ class Buffers(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
-def buffers_survive(folder: Path, wrapper: str) -> bool:
+def buffers_survive(folder: Path, wrapper: str, buffers: str) -> bool:
     averages = []
     for _ in range(2):
         model = wrap(Buffers(), wrapper)
         for i, buffer in enumerate(model.buffers()):  # after the wrapper: DDP makes them equal
             buffer.fill_(10 * i + dist.get_rank())
-        averages.append(ShardedAverage(model, process_group=group_of(wrapper)))
+        averages.append(ShardedAverage(model, buffers=buffers, process_group=group_of(wrapper)))
         averages[-1].update()
     saved, loaded = averages
     save_checkpoint({"swa": saved}, checkpoint_id=folder / wrapper)
     load_checkpoint({"swa": loaded}, checkpoint_id=folder / wrapper)
     loaded.transfer()  # into the model of the last round
-    return all(buffer.eq(10 * i).all() for i, buffer in enumerate(model.buffers()))
+    found = [bool(buffer.eq(10 * i).all()) for i, buffer in enumerate(model.buffers())]
+    for buffer in model.buffers():
+        buffer.zero_()
+    loaded.update()  # averages on from what was loaded, or copies
+    loaded.transfer()
+    share = 5 if buffers == "average" else 0
+    found += [bool(buffer.eq(share * i).all()) for i, buffer in enumerate(model.buffers()) if buffer.ndim]
+    return all(found)
 
 
+@pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp", "group"])
-def test_buffers_are_rank_0s_on_every_rank(tmp_path: Path, wrapper: str) -> None:
-    assert all(run_on_ranks(buffers_survive, 4, tmp_path, wrapper))
+def test_buffers_are_rank_0s_on_every_rank(tmp_path: Path, wrapper: str, buffers: str) -> None:
+    assert all(run_on_ranks(buffers_survive, 4, tmp_path, wrapper, buffers))
 
 
 class State:

@@ -14,9 +14,11 @@ import dist_swa
 ROOT = Path(dist_swa.__file__).parent
 # A file imports only files that stand above it; `integrations` stands for all other files of that folder.
 ORDER = [
-    *("rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average", "batch_norm", "lr", "swa"),
+    *("names", "rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
+    *("moments", "norms", "forwards", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
-    *("checkpoint.export", "checkpoint.merge", "checkpoint.__init__"),
+    *("checkpoint.safetensors_files", "checkpoint.source"),
+    *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
     *("__init__", "__main__", "integrations.accelerate", "integrations"),
 ]
 FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
@@ -57,7 +59,7 @@ def test_a_file_imports_only_files_above_it(file: str) -> None:
     assert [name for name in own if place(file_of(name)) >= mine] == []
 
 
-@pytest.mark.parametrize("file", ["rules", "schedule"])
+@pytest.mark.parametrize("file", ["names", "rules", "schedule"])
 def test_rules_and_schedule_need_python_only(file: str) -> None:
     assert {name.partition(".")[0] for name in imports(file)} <= sys.stdlib_module_names
 

@@ -199,10 +199,13 @@ def test_the_lines_for_torchtitan_run_and_resume_on_any_number_of_ranks(tmp_path
 
 
 def test_its_commands_and_files_are_there() -> None:
-    for path in ["launch/train", "launch/test", "tests/benchmarks/update.py", *re.findall(r"\]\(([\w/.]+)\)", README)]:
+    commands = ["launch/train", "launch/test", "launch/chaos"]
+    commands += ["tests/benchmarks/update.py", "tests/benchmarks/batch_norm.py"]
+    for path in [*commands, *re.findall(r"\]\(([\w/.]+)\)", README)]:
         assert (ROOT / path).exists(), path
     assert os.access(ROOT / "launch/train", os.X_OK)
     assert os.access(ROOT / "launch/test", os.X_OK)
+    assert os.access(ROOT / "launch/chaos", os.X_OK)
 
 
 def test_its_table_names_every_case_of_the_matrix() -> None:

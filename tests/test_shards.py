@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from dist_swa import Equal, ShardedAverage
 from models import WRAPPERS, Net, build, group_of, trajectory, wrap, write
 from ranks import on_ranks
+from test_average import live_bytes
 
 SELECTIONS: list[tuple[Any, set[str]]] = [
     ("down.*", {"down.weight", "down.bias"}),
@@ -55,9 +56,13 @@ def test_only_the_selected_parameters_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("selection", "error", "message"),
     [
-        (3, TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; see fnmatch"),
-        (["up.*", 3], TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=\['up.\*', 3\]"),
-        ("head.*", ValueError, r"is selected by `parameters`, got none among num_parameters=9, num_trainable=8; set"),
+        (3, TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; leave it out"),
+        (["up.*", 3], TypeError, r"parameters needs a pattern such as 'head.\*', .* got parameters=3; leave it out"),
+        (
+            "head.*",
+            ValueError,
+            r"parameters needs a pattern that a name matches, got parameters='head.\*'; as one_",
+        ),
         ("frozen", ValueError, r"is selected by `parameters`, got none among num_parameters=9, num_trainable=8; set"),
         ([], ValueError, r"is selected by `parameters`, got none among num_parameters=9"),
     ],
@@ -84,10 +89,22 @@ def test_what_is_not_selected_may_be_frozen_and_unfrozen() -> None:
 
 
 @on_ranks(2)
+def test_frozen_parameters_cost_no_memory() -> None:
+    for wrapper in ("plain", "group", "ddp", "fsdp1", "fsdp2"):
+        model = nn.Sequential(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 2, bias=False))
+        wrapped = wrap(model, wrapper)
+        before = live_bytes()
+        average = ShardedAverage(wrapped, process_group=group_of(wrapper))
+        assert live_bytes() - before < 4 * 64 * 2 + 1024, wrapper  # the frozen ones: 8 KiB on each of two ranks
+        assert set(average.state_dict()["slots"]["0"]) == {"1.weight"}
+
+
+@on_ranks(2)
 def test_replicas_that_select_other_parameters_are_refused() -> None:
-    selection = "up.*" if dist.get_rank() else "down.*"
-    with pytest.raises(ValueError, match="replicas need the same names, shapes and values"):
-        ShardedAverage(wrap(build(), "ddp"), parameters=selection)
+    for selections in (("up.*", "down.*"), ("up.weight", "up.*")):  # the second: in the same order
+        model = nn.ModuleDict({"up": nn.Linear(2, 2), "down": nn.Linear(2, 2)})
+        with pytest.raises(ValueError, match="replicas need the same names, shapes and values"):
+            ShardedAverage(wrap(model, "ddp"), parameters=selections[dist.get_rank()])
 
 
 @on_ranks(1, 3, 4)

@@ -306,11 +306,13 @@ def test_a_controller_needs_to_know_which_average_ends_in_the_model(rule: Any, t
         SWA(linear(), max_duration="9ba", rule=rule, transfer=transfer)
 
 
+@on_ranks(2)
 def test_selected_parameters_and_a_group_reach_the_average() -> None:
-    model = nn.Sequential(linear(), linear())
-    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", parameters="1.*")
+    options: dict[str, Any] = {"swa_start": "1ba", "swa_end": None, "update_interval": "1ba"}
+    swa = SWA(build(), parameters="up.*", process_group=dist.group.WORLD, **options)
     swa.step()
-    assert set(swa.average.state_dict()["slots"]["0"]) == {"1.weight"}
+    slots = swa.average.state_dict()["slots"]["0"]
+    assert {name: value.to_local().shape for name, value in slots.items()} == {"up.weight": (3, 4), "up.bias": (3,)}
 
 
 def test_finalize_keeps_averaged_statistics_or_recalibrates_them() -> None:

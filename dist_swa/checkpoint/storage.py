@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 
-from dist_swa.agreement import all_raise
+from dist_swa.agreement import all_raise, place_in
 from dist_swa.average import ShardedAverage
 from dist_swa.checkpoint.reader import CheckpointReader, LoadPlannerWithoutPickle, open_checkpoint
 from dist_swa.checkpoint.writer import CheckpointWriter
@@ -39,7 +39,7 @@ def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.Proc
     """
     states = _states(state, process_group)
     writer = CheckpointWriter(Path(path))
-    with writer.cleaned_up(), _plain_errors(), _no_group_is_fine():
+    with writer.cleaned_up(), plain_errors(), no_group_is_fine():
         dcp_save(states, storage_writer=writer, planner=_save_planner(), process_group=process_group)
 
 
@@ -63,7 +63,7 @@ def save_async(
     future: Any = dcp_async_save(staged, storage_writer=writer, planner=_save_planner(), process_group=process_group)
 
     def wait() -> None:
-        with writer.cleaned_up(), _plain_errors():
+        with writer.cleaned_up(), plain_errors():
             future.result()
 
     return wait
@@ -83,7 +83,7 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
     """
     with all_raise(process_group):
         reader = open_checkpoint(path)
-        reader.verify(*_place(process_group))
+        reader.verify(*place_in(process_group))
         if not reader.has_checksums:
             warnings.warn(
                 f"{path} was not written by dist_swa.checkpoint: without checksums, damage inside of its tensors goes"
@@ -98,7 +98,7 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
             if isinstance(state[key], SWA | ShardedAverage):
                 _check_average(key, states[key], reader)
     planner = LoadPlannerWithoutPickle(reader)
-    with _plain_errors(), _no_group_is_fine():
+    with plain_errors(), no_group_is_fine():
         dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
     with all_raise(process_group):
         for key, loaded in states.items():
@@ -106,11 +106,6 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
                 state[key].load_state_dict(loaded)
             else:
                 state[key] = loaded
-
-
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return the rank of this process, and how many there are."""
-    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def _states(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -168,7 +163,7 @@ def _save_planner() -> SavePlanner:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """Turn DCP's exception, which is no ``Exception``, into the first rank's error that is in it."""
     try:
         yield
@@ -179,7 +174,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _no_group_is_fine() -> Iterator[None]:
+def no_group_is_fine() -> Iterator[None]:
     """Silence DCP's warning about a single process without a process group, which is what was asked for."""
     with warnings.catch_warnings():
         if not dist.is_initialized():

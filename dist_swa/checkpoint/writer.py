@@ -30,9 +30,10 @@ class CheckpointWriter(FileSystemWriter):
     everybody's. Checksums travel to it as the results of one more item per file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, one_file_per_tensor: bool = False) -> None:
         self._path = path
-        super().__init__(path.with_name(f".{path.name}{PARTIAL}"))
+        # torch holds all tensors of a file until the file is closed
+        super().__init__(path.with_name(f".{path.name}{PARTIAL}"), single_file_per_rank=not one_file_per_tensor)
         self.fs = self._files = _HashingFileSystem()
         self._must_clean_up = False
 
@@ -67,10 +68,10 @@ class CheckpointWriter(FileSystemWriter):
             file.write(as_text(sums).encode())
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(Path(self.path))
+        sync_folder(Path(self.path))
         Path(self.path).rename(self._path)
         self._must_clean_up = False
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=str(self._path), save_id=self.save_id, modules=[WRITER])
@@ -115,7 +116,7 @@ class _HashedFile(io.BufferedWriter):
         return super().write(data)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Let names of files last over a crash of the machine, as their contents do."""
     folder = os.open(path, os.O_RDONLY)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,10 +67,6 @@ class AcceleratedSWA(SWA):
         # DCP steps an optimizer without a state, as plain SGD, at a rate of 0 whenever it saves it.
         self._steps.discard(False)
         return super().state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._steps.clear()
 
     def save(self, folder: Path) -> None:
         """Save the average into `folder`, in place of what is there. A collective. Raises what checkpoint.save does."""

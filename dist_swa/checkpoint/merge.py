@@ -1,0 +1,179 @@
+"""Averaging what lies on disk already: checkpoints and safetensors, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from tqdm import tqdm
+
+from dist_swa.agreement import all_raise, place_in
+from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, files_of, write_safetensors
+from dist_swa.checkpoint.source import MODEL, Source, open_source
+from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
+from dist_swa.checkpoint.writer import CheckpointWriter
+from dist_swa.rules import Equal, Rule
+
+_BLOCK_NUMEL = 1 << 16  # elements that are converted to float64 at a time
+
+
+def merge(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    key: str | None = None,
+    rule: Rule = Equal(),
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    progress: bool = False,
+) -> None:
+    """Average what lies on disk, oldest first, into `out`.
+
+    `sources` are folders of checkpoints and safetensors (files, or folders), mixed as you like. `out`, where nothing
+    may be yet, becomes a safetensors file where it ends in ".safetensors"; else a folder, as the last of `sources` is:
+    of safetensors, or a checkpoint with the entry "model". Tensors are merged one at a time, in float64, in the
+    order of the sources, and rounded once to their own dtype: a single source keeps its bits. Those that are
+    not floating come from the last source. BatchNorm statistics are averaged, too: `recalibrate_batch_norm` is better.
+
+    Args:
+        key: the entry of each checkpoint, as in `export`; "model" merges trained weights. Safetensors have none.
+        rule: how much each source weighs, by its place among them; arXiv:2507.17634 is ``DecayShaped(shape,
+            total=len(sources))``. Not an EMA with a half-life.
+        weights: what each source weighs, instead of a rule; negative ones warn.
+        normalize: whether `weights` are divided by their sum.
+        progress: whether the first rank shows a progress bar.
+
+    One process, or every rank of a process group, which share the work: by files for safetensors, else by tensors.
+    Memory per rank: five times the largest tensor in float32. Raises ValueError for sources that differ, which names
+    the first name, shape or dtype that does, and for `weights` that do not fit; and as `export` does. On every rank
+    alike; nothing appears then.
+    """
+    with all_raise():
+        paths = checked_paths(sources)
+        coefficients = _coefficients(len(paths), rule, weights, normalize)
+        opened = [open_source(path, key) for path in paths]
+    write_combination(opened, coefficients, Path(out), progress)
+
+
+def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
+    """Return `sources`; TypeError or ValueError unless it is a list of paths, with one or more."""
+    if isinstance(sources, str | Path) or not all(isinstance(path, str | Path) for path in sources):
+        raise TypeError(f"merging needs a list of paths, got sources={sources!r}; put it into a list")
+    if not sources:
+        raise ValueError("merging needs a source or more, got sources=[]; pass paths")
+    return list(sources)
+
+
+def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, normalize: bool) -> list[float]:
+    """Return what each source weighs."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"merge needs a rule, got {rule=}; pass Equal(), EMA(decay=0.9), ...")
+    if weights is None:
+        if rule.unit is not None:
+            raise ValueError(f"merge needs a rule that counts models, got {rule=}; pass EMA(decay=...)")
+        return rule.coefficients(count)
+    if rule != Equal():
+        raise ValueError(f"merge needs a rule or weights, got {rule=} and {weights=}; leave one out")
+    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"merge needs a finite weight for each of {count} sources, got {weights=}; pass as many")
+    if min(weights) < 0:
+        warnings.warn(f"negative weights move away from a source: {weights=}", stacklevel=3)
+    total = math.fsum(weights) if normalize else 1.0
+    if total == 0 or not any(weights):
+        raise ValueError(f"merge needs weights whose sum is not 0, got {weights=}; pass normalize=False, or others")
+    return [weight / total for weight in weights]
+
+
+def write_combination(sources: Sequence[Source], coefficients: Sequence[float], out: Path, progress: bool) -> None:
+    """Write the sum of `sources`, each times its coefficient, as `merge` says. A collective."""
+    with all_raise():
+        specs = _common_specs(sources)
+        files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
+        skipped = sources[-1].skipped
+        if skipped:
+            warnings.warn(f"merging is for tensors only: left out {', '.join(skipped)}", stacklevel=3)
+
+    def read(name: str) -> Tensor:
+        return _combined(name, sources, coefficients)
+
+    if files is None:
+        _write_checkpoint(specs, out, read, progress)
+        return
+    with appearing(out, None) as partial:
+        write_safetensors(files, partial, read, None, progress)
+
+
+def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
+    """Return the shapes and dtypes of all sources; ValueError names the first that differs."""
+    first = sources[0]
+    for other in sources[1:]:
+        for name in [*first.specs, *other.specs]:
+            mine, others = first.specs.get(name), other.specs.get(name)
+            if mine != others:
+                raise ValueError(
+                    f"merging needs sources with the same names, shapes and dtypes, got {name}={mine or 'missing'} in"
+                    f" {first} and {others or 'missing'} in {other}; merge checkpoints of one model"
+                )
+    return first.specs
+
+
+def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:
+    """Return the sum of a tensor of all sources, each times its coefficient; one of 0 leaves a source out."""
+    shape, dtype = sources[-1].specs[name]
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return sources[-1].read(name)
+    parts = (*shape, 2) if dtype.is_complex else shape
+    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # to which -0.0 may be added
+    for source, coefficient in zip(sources, coefficients, strict=True):
+        if coefficient != 0:
+            _add(total, source.read(name), coefficient)
+    result = total.to(dtype.to_real()).view(parts)
+    return torch.view_as_complex(result) if dtype.is_complex else result
+
+
+def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
+    """Add `values`, real and imaginary parts, to the flat float64 `total`, a block at a time."""
+    values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
+    for start in range(0, len(values), _BLOCK_NUMEL):
+        block = slice(start, start + _BLOCK_NUMEL)
+        total[block] += values[block].to(torch.float64) * coefficient
+
+
+def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
+    """Write a checkpoint with the entry "model", of which each rank reads and writes every so many-th tensor."""
+    rank, ranks = place_in(None)
+    mine = list(specs.items())[rank::ranks]
+    state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
+    writer = CheckpointWriter(out, one_file_per_tensor=True)
+    planner = _ReadingPlanner(read, progress and rank == 0)
+    with writer.cleaned_up(), plain_errors(), no_group_is_fine():
+        dcp_save(state, storage_writer=writer, planner=planner)
+
+
+class _ReadingPlanner(DefaultSavePlanner):
+    """Makes a tensor when it is written: the state dict has its shape and dtype only. Shows its progress."""
+
+    def __init__(self, read: Callable[[str], Tensor], progress: bool) -> None:
+        super().__init__()
+        self._read, self._progress = read, progress
+        self._bar: Any = None
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        self._bar = tqdm(total=len(plan.items), unit="tensor", disable=not self._progress)
+        return plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        tensor = self._read(write_item.index.fqn.removeprefix(f"{MODEL}."))
+        self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.close()
+        return tensor

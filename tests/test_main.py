@@ -1,0 +1,233 @@
+"""The command line does what the functions do, and says in one line what is wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dist_swa
+from dist_swa import EMA, SWA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, checkpoint
+from dist_swa.__main__ import _EXAMPLES, main
+from dist_swa.rules import Rule
+from models import build, same_bits, trajectory, write
+
+ROOT = Path(dist_swa.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of six steps, with averages of the last four."""
+    model = build()
+    rules = {"swa": Equal(), "narrow": PowerEMA(0.05), "wide": PowerEMA(0.10)}
+    swa = SWA(model, rule=rules, transfer="swa", swa_start="3ba", swa_end=None, update_interval="1ba")
+    folder = checkpoint.CheckpointFolder(tmp_path_factory.mktemp("run"), keep=9)
+    for step, values in enumerate(trajectory(6, model), start=1):
+        write(model, values)
+        swa.step()
+        folder.save(step, {"model": model.state_dict(), "average": swa, "epoch": 1})
+    return folder.path
+
+
+def step(run: Path, number: int) -> str:
+    return str(run / f"step-{number:09}")
+
+
+def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", step(run, 6)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{step(run, 6)}: checkpoint"
+    assert lines[1].split() == ["key", "rule", "num_averaged", "step", "tensors", "elements", "dtypes"]
+    assert lines[2].split() == ["average.swa", "Equal()", "4", "6", "13", "122", "float32,", "int64"]
+    assert lines[4].split()[:4] == ["average.wide", "PowerEMA(sigma_rel=0.1)", "4", "6"]
+    assert lines[5].split() == ["model", "-", "-", "-", "15", "150", "float32,", "int64"]
+
+
+def test_inspect_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", step(run, 5), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format"] == "checkpoint"
+    assert facts["has_checksums"] is True
+    assert [entry["key"] for entry in facts["entries"]] == ["average.swa", "average.narrow", "average.wide", "model"]
+    assert facts["entries"][1] == {
+        "key": "average.narrow",
+        "rule": "PowerEMA(sigma_rel=0.05)",
+        "num_averaged": 3,
+        "step": 5,
+        "tensors": 13,
+        "elements": 122,
+        "dtypes": ["float32", "int64"],
+    }
+    save_file({"x": torch.ones(2, 3, dtype=torch.float16)}, tmp_path / "x.safetensors")
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format"] == "safetensors"
+    (entry,) = facts["entries"]
+    assert (entry["tensors"], entry["elements"], entry["dtypes"], entry["rule"]) == (1, 6, ["float16"], None)
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    arguments = ["export", step(run, 6), str(tmp_path / "out"), "--key", "average.swa", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    checkpoint.export(step(run, 6), tmp_path / "same", key="average.swa", dtype=torch.bfloat16)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert same_bits(found, load_file(tmp_path / "same" / "model.safetensors"))
+    assert found["up.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("equal", Equal()),
+        ("polynomial:1", Polynomial(1.0)),
+        ("ema:0.9", EMA(decay=0.9)),
+        ("linear", DecayShaped("linear", total=3)),
+        ("minus_sqrt", DecayShaped("minus_sqrt", total=3)),
+        ("cosine", DecayShaped("cosine", total=3)),
+    ],
+)
+def test_merge_by_a_rule(run: Path, tmp_path: Path, text: str, rule: Rule) -> None:
+    paths = [step(run, i) for i in (2, 4, 6)]
+    out = str(tmp_path / "out.safetensors")
+    assert main(["merge", *paths, "--out", out, "--key", "model", "--rule", text]) == 0
+    checkpoint.merge(paths, tmp_path / "same.safetensors", key="model", rule=rule)
+    assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+
+
+def test_merge_by_weights(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths, out = [step(run, i) for i in (2, 4)], str(tmp_path / "out.safetensors")
+    assert main(["merge", *paths, "--out", out, "--key", "model", "--weights=-1,3", "--no-normalize", "--quiet"]) == 0
+    said = capfd.readouterr().err
+    assert said == "dist-swa: warning: negative weights move away from a source: weights=[-1.0, 3.0]\n"
+    with pytest.warns(UserWarning, match="negative"):
+        checkpoint.merge(paths, tmp_path / "same.safetensors", key="model", weights=[-1, 3], normalize=False)
+    assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+
+
+def test_synthesize(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, out = [step(run, i) for i in (4, 6)], str(tmp_path / "out.safetensors")
+    assert main(["synthesize", *paths, "--out", out, "--sigma-rel", "0.08"]) == 0
+    error = checkpoint.synthesize(paths, tmp_path / "same.safetensors", sigma_rel=0.08)
+    assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+    assert capsys.readouterr().out == f"sigma_rel 0.08, relative error of the weights of models {error:.2e}\n"
+
+
+def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [step(run, 6), "--key", "model"]
+    for command in (["export", arguments[0], "OUT", *arguments[1:]], ["merge", *arguments, "--out", "OUT"]):
+        for out, options in ((tmp_path / f"{command[0]} a", []), (tmp_path / f"{command[0]} b", ["--quiet"])):
+            assert main([str(out) if part == "OUT" else part for part in command] + options) == 0
+            assert ("15/15" in capfd.readouterr().err) == (not options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["export", "STEP", "OUT"], 1, "needs one average, or the key of an entry, got key=None for"),
+        (["export", "nowhere", "OUT"], 1, "a checkpoint or safetensors are needed, got nothing at nowhere"),
+        (["inspect", "RUN"], 1, "choose one of step-000000001, step-000000002"),
+        (["inspect", "nowhere"], 1, "got nothing at nowhere"),
+        (["merge", "STEP", "--out", "RUN", "--key", "model"], 1, "needs a path where nothing is yet"),
+        (["merge", "STEP", "--out", "OUT", "--key", "model", "--weights", "1,2"], 1, "a finite weight for each of 1"),
+        (["synthesize", "STEP", "--out", "OUT", "--sigma-rel", "0.2"], 1, "can be made within 10%, got sigma_rel=0.2"),
+        (["synthesize", "STEP", "--out", "OUT", "--sigma-rel", "7"], 1, "PowerEMA needs sigma_rel in"),
+        (["synthesize", "STEP", "--out", "OUT"], 2, "the following arguments are required: --sigma-rel"),
+        (
+            ["merge", "STEP", "--out", "OUT", "--rule", "ema:2"],
+            2,
+            "got ema:2 (EMA needs decay in [0, 1), got decay=2.0",
+        ),
+        (
+            ["merge", "STEP", "--out", "OUT", "--rule", "median"],
+            2,
+            "needs one of equal, polynomial:ETA, ema:DECAY, linear",
+        ),
+        (["merge", "STEP", "--out", "OUT", "--rule", "equal", "--weights", "1"], 2, "not allowed with argument --rule"),
+        (["merge", "STEP", "--out", "OUT", "--weights", "a"], 2, "argument --weights: invalid"),
+        (["export", "STEP", "OUT", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+        (["explode"], 2, "invalid choice: 'explode'"),
+        ([], 2, "the following arguments are required: command"),
+    ],
+)
+def test_errors_are_one_line(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    places = {"STEP": step(run, 6), "RUN": str(run), "OUT": str(tmp_path / "out")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    if code == 2:
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 2
+    else:
+        assert main(arguments) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("dist-swa")
+    assert "error: " in err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["inspect", "-h"], ["export", "-h"], ["merge", "-h"], ["synthesize", "-h"]):
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 0
+        text = capsys.readouterr().out
+        assert "examples:\n  dist-swa inspect step-840\n" in text
+        assert "exit codes: 0 done" in text
+
+
+def test_the_commands_of_readme_and_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build()
+    averages = ShardedAverage(model, {"mean": Equal(), "narrow": PowerEMA(0.05), "wide": PowerEMA(0.10)})
+    for i, values in enumerate(trajectory(12, model), start=1):
+        write(model, values)
+        averages.update()
+        if i % 4 == 0:
+            checkpoint.save({"model": model.state_dict(), "swa": averages}, tmp_path / f"step-{i * 70}")
+    for name in ("a", "b"):
+        checkpoint.export(averages, f"{name}.safetensors", key="mean")
+    texts = ((ROOT / "README.md").read_text(), _EXAMPLES)
+    for text in texts:
+        commands = re.findall(r"^ *dist-swa (.*?)(?: +#.*)?$", text, re.MULTILINE)
+        assert len(commands) == 5
+        for command in commands:
+            assert main(command.split()) == 0, command
+        assert load_file("deployed/model.safetensors")["up.weight"].dtype == torch.bfloat16
+        for out in ("merged", "deployed", "other"):
+            shutil.rmtree(out)
+        Path("c.safetensors").unlink()
+
+
+def test_as_a_module_and_as_a_script(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_swa"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    listed = subprocess.check_output([*command, "inspect", step(run, 6)], text=True, env=environment, cwd=tmp_path)
+    assert "average.narrow" in listed
+    failed = subprocess.run([*command, "inspect", "no"], text=True, env=environment, cwd=tmp_path, capture_output=True)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == "dist-swa: error: a checkpoint or safetensors are needed, got nothing at no; see the path\n"
+    assert 'dist-swa = "dist_swa.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_under_torchrun(run: Path, tmp_path: Path) -> None:
+    paths = [step(run, i) for i in (4, 6)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dist_swa"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    merge = ["merge", *paths, "--key", "average.swa", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*launch, *merge], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    checkpoint.merge(paths, tmp_path / "same", key="average.swa")
+    for name in ("out", "same"):
+        checkpoint.export(tmp_path / name, tmp_path / f"{name}.safetensors", key="model")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
