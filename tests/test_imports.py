@@ -12,14 +12,14 @@ import pytest
 import dist_swa
 
 ROOT = Path(dist_swa.__file__).parent
-# A file imports only files that stand above it; `integrations` stands for all the files of that folder.
+# A file imports only files that stand above it; `integrations` stands for all other files of that folder.
 ORDER = [
     *("names", "rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
     *("moments", "norms", "forwards", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
     *("checkpoint.safetensors_files", "checkpoint.source"),
     *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
-    *("__init__", "__main__", "integrations"),
+    *("__init__", "__main__", "integrations.accelerate", "integrations"),
 ]
 FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
@@ -27,7 +27,8 @@ NODES = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in FIL
 
 
 def place(file: str) -> int:
-    file = "integrations" if file.startswith("integrations.") else file
+    if file.startswith("integrations.") and file not in ORDER:
+        file = "integrations"
     assert file in ORDER, f"dist_swa/{file} has no place in ORDER; give it one"
     return ORDER.index(file)
 
@@ -70,6 +71,16 @@ def test_import_loads_no_trainer_framework(tmp_path: Path) -> None:
     code = f"import sys, dist_swa; print([name for name in {FRAMEWORKS} if name in sys.modules])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT.parent)])}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "[]\n"
+
+
+@pytest.mark.parametrize("framework", ["accelerate", "transformers"])
+def test_a_missing_framework_names_the_extra(tmp_path: Path, framework: str) -> None:
+    (tmp_path / f"{framework}.py").write_text(f"raise ModuleNotFoundError(name={framework!r})")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT.parent)])}
+    command = [sys.executable, "-c", f"import dist_swa.integrations.{framework}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    error = f"needs {framework}, got no {framework}; pip install 'dist_swa[{framework}]'"
+    assert result.stderr.splitlines()[-1].endswith(error)
 
 
 def is_private(name: str) -> bool:

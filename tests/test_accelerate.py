@@ -1,0 +1,316 @@
+"""Accelerate: DDP and its own FSDP1 and FSDP2 code, beside plain loops that know nothing of it."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from accelerate_on_cpu import enter_fsdp, launched
+from dist_swa import SWA
+from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
+from models import same_bits
+from ranks import run_on_ranks
+
+ROOT = Path(__file__).parents[1]
+GLOBAL_BATCH, STEPS, STOP, START = 24, 8, 5, 3
+OPTIONS: dict[str, Any] = {"max_duration": f"{STEPS}ba", "swa_start": f"{START}ba"}
+OPTIMIZERS: dict[str, Any] = {
+    "ddp": torch.optim.AdamW,
+    "fsdp1": torch.optim.SGD,  # accelerate loads no optimizer state under FSDP1, but for that of FULL_STATE_DICT
+    "fsdp1 flat": torch.optim.SGD,
+    "fsdp2": torch.optim.AdamW,
+    "fsdp2 sgd": torch.optim.SGD,
+}
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": FullyShardedDataParallel, "fsdp2": FSDPModule}
+
+
+@contextlib.contextmanager
+def accelerated(kind: str, **options: Any) -> Iterator[Accelerator]:
+    """A new accelerator of that kind on this rank."""
+    environment = {"FSDP_VERSION": kind[4:5] or "1", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    environment |= {"ACCELERATE_USE_FSDP": str(kind != "ddp").lower(), "FSDP_USE_ORIG_PARAMS": str(kind == "fsdp1")}
+    with launched(**environment):
+        yield Accelerator(**options)
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batch(step: int) -> Tensor:
+    """This rank's part of a global batch."""
+    given = torch.randn(GLOBAL_BATCH, 4, generator=torch.Generator().manual_seed(step))
+    return given.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[kind](model.parameters(), lr=0.05)
+    return optimizer
+
+
+def plain_loop(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The average by `SWA` itself in a loop without accelerate, and the whole models that were averaged."""
+    model = build()
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    elif kind.startswith("fsdp2"):
+        fully_shard(model)
+    else:
+        model = FullyShardedDataParallel(model, use_orig_params=kind == "fsdp1", device_id=torch.device("cpu"))
+    optimizer = optimizer_of(model, kind)
+    swa = SWA(model, optimizer, swa_end=None, update_interval="1ba", **OPTIONS)
+    models = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        if swa.step():
+            last = SWA(model, swa_start="0ba", swa_end=None, update_interval="1ba")
+            last.step()
+            models.append(last.average.full_state_dict())
+    return swa.average.full_state_dict(), models
+
+
+def prepared(accelerator: Accelerator, kind: str, **options: Any) -> tuple[nn.Module, Any, AcceleratedSWA]:
+    model = build()
+    if kind == "fsdp1 flat":
+        model = accelerator.prepare(model)
+        optimizer = accelerator.prepare(optimizer_of(model, kind))
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer_of(model, kind))
+    return model, optimizer, prepare_swa(accelerator, model, optimizer, **(OPTIONS | options))
+
+
+def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, swa: SWA, first: int, last: int) -> None:
+    for step in range(first, last):
+        accelerator.backward(model(batch(step)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()  # or DCP would not step the optimizer to save it
+        swa.step()
+
+
+def stopped(folder: Path) -> None:
+    """A run of each kind that ends after its checkpoint, which was written over another one."""
+    enter_fsdp()
+    for kind in OPTIMIZERS:
+        with accelerated(kind) as accelerator:
+            model, optimizer, swa = prepared(accelerator, kind)
+            assert isinstance(model, WRAPPERS[kind[:5]])
+            train(accelerator, model, optimizer, swa, 0, START)
+            accelerator.save_state(str(folder / kind))
+            train(accelerator, model, optimizer, swa, START, STOP)
+            accelerator.save_state(str(folder / kind))
+            assert not swa.step()  # DCP has stepped an optimizer without a state to save it
+            assert swa.schedule.now.batches == STOP
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    enter_fsdp()
+    averages = {}
+    for kind in OPTIMIZERS:
+        with accelerated(kind) as accelerator:
+            model, optimizer, swa = prepared(accelerator, kind)
+            optimizer.step()  # not to be counted, since what follows goes back to the checkpoint
+            optimizer.zero_grad()
+            accelerator.load_state(str(folder / kind))
+            assert not swa.step()
+            assert swa.schedule.now.batches == STOP
+            assert swa.num_averaged == STOP - START + 1
+            train(accelerator, model, optimizer, swa, STOP, STEPS)
+            averages[kind] = swa.average.full_state_dict()
+            assert swa.num_averaged == STEPS - START + 1
+    return averages
+
+
+def plain_loops() -> dict[str, Any]:
+    return {kind: plain_loop(kind) for kind in OPTIMIZERS}
+
+
+def test_resumed_it_averages_as_a_plain_loop(tmp_path: Path) -> None:
+    plain = run_on_ranks(plain_loops, 2)[0]
+    run_on_ranks(stopped, 2, tmp_path)
+    for ranks in (2, 3):
+        averages = run_on_ranks(resumed, ranks, tmp_path)[0]
+        for kind, (expected, models) in plain.items():
+            if ranks == 2:
+                assert same_bits(averages[kind], expected), kind
+            assert len(models) == STEPS - START + 1
+            for name, average in averages[kind].items():
+                mean = torch.stack([model[name].double() for model in models]).mean(0)
+                torch.testing.assert_close(average.double(), mean, rtol=0, atol=1e-6 if ranks == 2 else 1e-5)
+
+
+def micro_batches() -> dict[str, list[int]]:
+    """The steps counted after each micro-batch; `step` is called after every one, and after some optimizer steps."""
+    counts: dict[str, list[int]] = {}
+    with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
+        model, optimizer, swa = prepared(accelerator, "ddp")
+        counts["accumulate"] = []
+        for step in range(7):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch(step)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                swa.step()
+            counts["accumulate"].append(swa.schedule.now.batches)
+    with accelerated("ddp") as accelerator:
+        model, optimizer, swa = prepared(accelerator, "ddp")
+        counts["by hand"] = []
+        for step in range(5):
+            accelerator.backward(model(batch(step)).square().mean())
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            swa.step(samples=GLOBAL_BATCH)
+            counts["by hand"].append(swa.schedule.now.batches)
+        assert swa.schedule.now.samples == 4 * GLOBAL_BATCH
+    for fused in (False, True):
+        with accelerated("ddp") as accelerator:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            model = build()
+            model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
+            swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)
+            name = f"scaler, {fused=}"
+            counts[name] = []
+            for step in range(4):
+                loss = model(batch(step)).square().mean()
+                accelerator.backward(loss * (torch.inf if step in (1, 2) else 1))
+                optimizer.step()
+                optimizer.zero_grad()
+                swa.step()
+                counts[name].append(swa.schedule.now.batches)
+    return counts
+
+
+def test_counts_real_optimizer_steps() -> None:
+    assert run_on_ranks(micro_batches, 2)[1] == {
+        "accumulate": [0, 0, 1, 1, 1, 2, 2],
+        "by hand": [0, 1, 1, 2, 2],
+        "scaler, fused=False": [1, 1, 1, 2],
+        "scaler, fused=True": [1, 1, 1, 2],
+    }
+
+
+def wrong_uses(folder: Path) -> None:
+    enter_fsdp()
+    for kind in ("ddp", "fsdp1", "fsdp2"):
+        with accelerated(kind) as accelerator:
+            bare = build()
+            with pytest.raises(
+                ValueError, match=r"what accelerator.prepare returned, got a Sequential and a AdamW that"
+            ):
+                prepare_swa(accelerator, bare, torch.optim.AdamW(bare.parameters()), **OPTIONS)
+            model, optimizer, swa = prepared(accelerator, kind, num_processes=2)
+            with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
+                prepare_swa(accelerator, model, optimizer.optimizer, **OPTIONS)
+            with pytest.raises(ValueError, match=r"needs num_processes=4, got 2 of them, .*see launch/accelerate"):
+                prepare_swa(accelerator, model, optimizer, num_processes=4, **OPTIONS)
+            with pytest.raises(RuntimeError, match=r"got name='dist_swa' twice; pass another name="):
+                prepare_swa(accelerator, model, optimizer, **OPTIONS)
+            ema = prepare_swa(accelerator, model, optimizer, name="ema", **OPTIONS)
+            train(accelerator, model, optimizer, swa, 0, START)
+            accelerator.save_state(str(folder / kind))
+            with swa.swapped_in(), pytest.raises(RuntimeError, match="inside swapped_in; leave it first"):
+                accelerator.save_state(str(folder / kind))
+            assert (folder / kind / "dist_swa/.metadata").exists()  # that of the save before
+            swa.detach()
+            accelerator.save_state(str(folder / f"{kind} detached"))
+            assert not (folder / f"{kind} detached/dist_swa").exists()
+            assert (folder / f"{kind} detached/ema").exists()
+            swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
+            with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+                accelerator.load_state(str(folder / f"{kind} detached"))
+            assert sum("averaging" in str(warning.message) for warning in caught) == 1
+            assert not swa.step()
+            assert (swa.schedule.now.batches, swa.num_averaged, ema.num_averaged) == (0, 0, 0)
+            next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
+            with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
+                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+            accelerator.state.distributed_type = DistributedType.MEGATRON_LM
+            with pytest.raises(ValueError, match=r"in DDP, FSDP1, FSDP2 or one process, got .*=MEGATRON_LM"):
+                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+
+
+def test_wrong_uses_say_what_to_do(tmp_path: Path) -> None:
+    run_on_ranks(wrong_uses, 2, tmp_path)
+
+
+def learning_rates() -> list[tuple[float, float]]:
+    """The rates that the scheduler wrote, and those that the optimizer has after `swa.step`."""
+    rates = []
+    with accelerated("ddp") as accelerator:
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+        swa = prepare_swa(accelerator, model, optimizer, **OPTIONS, **phase)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            accelerator.backward(model(batch(step)).square().mean())
+            optimizer.step()
+            scheduler.step()
+            written = optimizer.param_groups[0]["lr"]
+            swa.step()
+            rates.append((written, optimizer.param_groups[0]["lr"]))
+    return rates
+
+
+def test_the_rate_of_swa_wins_over_a_scheduler_that_goes_on() -> None:
+    written, rates = zip(*run_on_ranks(learning_rates, 2)[0], strict=True)
+    assert written == pytest.approx([1 / (1 + 2 * step) for step in range(1, STEPS + 1)])  # two ranks, two steps each
+    assert rates[: START - 1] == written[: START - 1]
+    assert rates[START - 1 :] == pytest.approx([(1 / 7 + 0.01) / 2, *[0.01] * (STEPS - START)])
+
+
+def run_example(folder: Path, *launch: str) -> list[str]:
+    """What the example printed, after a clean end."""
+    result = subprocess.run(
+        [sys.executable, *launch, "examples/train_accelerate.py", "--epochs=2", "--checkpoint", str(folder / "saved")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-3:]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_the_example_runs_with_each_launch_file(tmp_path: Path, kind: str) -> None:
+    """(`FSDP` is printed only where accelerate's own code for it ran.)"""
+    launch = ["-m", "accelerate.commands.launch", f"--config_file=launch/accelerate/{kind}_cpu.yaml"]
+    printed = run_example(tmp_path, *launch, *(["tests/accelerate_on_cpu.py"] if kind != "ddp" else []))
+    assert printed[0] == f"2 processes, {'MULTI_CPU' if kind == 'ddp' else 'FSDP'}"
+    last, averaged = (float(line.split()[-2]) for line in printed[1:])
+    assert averaged > max(70, last)
+    assert (tmp_path / "saved/dist_swa/.metadata").exists()
+    if kind == "ddp":
+        resumed = run_example(tmp_path)  # in a single process; there is nothing left to train
+        assert resumed[0] == "1 processes, NO"
+        assert float(resumed[2].split()[-2]) == pytest.approx(averaged, abs=2)
+
+
+def test_launch_files_for_the_cpu_are_those_for_gpus() -> None:
+    for kind in ("ddp", "fsdp1", "fsdp2"):
+        gpu, cpu = (
+            yaml.safe_load((ROOT / f"launch/accelerate/{name}.yaml").read_text()) for name in (kind, f"{kind}_cpu")
+        )
+        for key in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
+            cpu.get("fsdp_config", {}).pop(key, None)
+        assert cpu == gpu
