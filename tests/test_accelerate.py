@@ -240,9 +240,11 @@ def wrong_uses(folder: Path) -> None:
             next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
             with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
                 prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
-            accelerator.state.distributed_type = DistributedType.MEGATRON_LM
-            with pytest.raises(ValueError, match=r"in DDP, FSDP1, FSDP2 or one process, got .*=MEGATRON_LM"):
-                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+            del next(model.parameters()).ds_id  # type: ignore[attr-defined]
+            for name in ("DEEPSPEED", "MEGATRON_LM"):
+                accelerator.state.distributed_type = DistributedType(name)
+                with pytest.raises(ValueError, match=rf"in DDP, FSDP1, FSDP2 or one process, got .*={name}; FSDP2"):
+                    prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
 
 
 def test_wrong_uses_say_what_to_do(tmp_path: Path) -> None:
