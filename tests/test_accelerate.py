@@ -29,7 +29,7 @@ GLOBAL_BATCH, STEPS, STOP, START = 24, 8, 5, 3
 OPTIONS: dict[str, Any] = {"max_duration": f"{STEPS}ba", "swa_start": f"{START}ba"}
 OPTIMIZERS: dict[str, Any] = {
     "ddp": torch.optim.AdamW,
-    "fsdp1": torch.optim.SGD,  # accelerate loads no optimizer state under FSDP1, but for that of FULL_STATE_DICT
+    "fsdp1": torch.optim.SGD,  # from SHARDED_STATE_DICT accelerate loads no optimizer state under FSDP1
     "fsdp1 flat": torch.optim.SGD,
     "fsdp2": torch.optim.AdamW,
     "fsdp2 sgd": torch.optim.SGD,
@@ -215,8 +215,9 @@ def wrong_uses(folder: Path) -> None:
             ):
                 prepare_swa(accelerator, bare, torch.optim.AdamW(bare.parameters()), **OPTIONS)
             model, optimizer, swa = prepared(accelerator, kind, num_processes=2)
-            with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
-                prepare_swa(accelerator, model, optimizer.optimizer, **OPTIONS)
+            for wrong in ((model, optimizer.optimizer), (build(), optimizer)):
+                with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
+                    prepare_swa(accelerator, *wrong, **OPTIONS)
             with pytest.raises(ValueError, match=r"needs num_processes=4, got 2 of them, .*see launch/accelerate"):
                 prepare_swa(accelerator, model, optimizer, num_processes=4, **OPTIONS)
             with pytest.raises(RuntimeError, match=r"got name='dist_swa' twice; pass another name="):

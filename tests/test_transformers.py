@@ -278,8 +278,20 @@ def uses(folder: Path) -> None:
     assert same_bits(*weights)  # looking, with a pass over the training data, has changed nothing
 
 
+def alone(folder: Path) -> None:
+    """One process, without a launcher."""
+    callback = SWACallback(swa_start=f"{START}ba", num_processes=1)
+    trainer = trainer_for("resnet", folder, callback, eval_strategy="steps", eval_steps=STEPS)
+    trainer.train()
+    assert type(trainer.model_wrapped) is SmallResNetForImageClassification
+    assert callback.swa.num_averaged == STEPS - START + 1
+    assert same_bits(trainer.model.state_dict(), callback.swa.average.full_state_dict())  # type: ignore[union-attr]
+    check_statistics("resnet", trainer.model.state_dict())  # type: ignore[union-attr]
+
+
 def test_follows_the_trainer(tmp_path: Path) -> None:
     run_on_ranks(uses, 2, tmp_path)
+    run_on_ranks(alone, 1, tmp_path / "alone")
 
 
 def wrong_uses(folder: Path) -> None:

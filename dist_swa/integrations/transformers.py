@@ -23,7 +23,7 @@ _CHOICES = ("averaged", "trained", "both")
 
 
 class SWACallback(TrainerCallback):
-    """Averages the weights that a `Trainer` trains, under DDP, FSDP1, FSDP2 or none, and ends with the average.
+    """Averages the weights that a `Trainer` trains, under DDP, FSDP2 or none, and ends with the average.
 
     Every optimizer step counts; the Trainer tells how long the run and an epoch are. A checkpoint has the average in
     ``checkpoint-N/dist_swa``, and ``train(resume_from_checkpoint=...)`` goes on with it, on any number of ranks (one
