@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dist_swa import SWA, checkpoint
+from dist_swa.integrations.one_file import load_whole_state, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -103,11 +104,12 @@ class SWACallback(Callback):
     def _resume(self, swa: SWA, trainer: Trainer) -> None:
         path = Path(str(trainer.ckpt_path))
         if path.is_dir():
+            part = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* was not written by dist_swa.checkpoint")  # but by Lightning
-                checkpoint.load({f"{_entry(trainer)}.{_KEY}": swa}, path)
+                checkpoint.load({f"{part}.{_KEY}": swa}, path)
         elif self._saved is not None:
-            swa.load_state_dict(_laid_out(self._saved, swa.state_dict()))
+            load_whole_state(swa, self._saved)
         else:
             warnings.warn(f"{path} has no averaging state: averaging starts anew, at its step 0", stacklevel=2)
         self._saved = None
@@ -140,13 +142,11 @@ class SWACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.swa is None:
             return
-        state, weights = self.swa.state_dict(), checkpoint["state_dict"]
+        weights = checkpoint["state_dict"]
         if any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values()):
-            weights[_KEY] = state  # Lightning writes this part of its checkpoint by DCP, every rank its shards
-            return
-        whole = _whole(state, trainer.is_global_zero)
-        if trainer.is_global_zero:
-            checkpoint[_KEY] = whole
+            weights[_KEY] = self.swa.state_dict()  # Lightning writes this part by DCP, every rank its shards
+        else:
+            checkpoint[_KEY] = whole_state(self.swa)
 
 
 def _length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -170,29 +170,3 @@ def _batches(trainer: Trainer) -> Iterator[Any]:
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def _entry(trainer: Trainer) -> str:
-    """Return where the strategy keeps the model's state in its sharded checkpoints."""
-    return "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
-
-
-def _whole(state: Mapping[str, Any], is_wanted: bool) -> dict[str, Any]:
-    """Return copies on the CPU of whole tensors, where wanted. A collective where they are sharded."""
-    whole: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            whole[key] = _whole(value, is_wanted)
-        else:
-            tensor = value.full_tensor() if isinstance(value, DTensor) else value
-            whole[key] = tensor.to("cpu", copy=True) if is_wanted else None
-    return whole
-
-
-def _laid_out(saved: Any, mine: Any) -> Any:
-    """Return what `_whole` returned, laid out as `mine` is. Local."""
-    if isinstance(saved, Mapping):
-        return {key: _laid_out(value, mine.get(key, {})) for key, value in saved.items()}
-    if isinstance(mine, DTensor):
-        return distribute_tensor(saved, mine.device_mesh, mine.placements, src_data_rank=None)
-    return saved
