@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from dist_swa.integrations.lightning import SWACallback
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
 
+README = Path(__file__).parents[1] / "README.md"
 EPOCHS, STEPS, GLOBAL_BATCH = 3, 4, 8  # epochs of a run, optimizer steps of an epoch
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": DDPStrategy,
@@ -343,6 +345,20 @@ def test_every_optimizer_step_counts_once(run: str, tmp_path: Path) -> None:
     torch.testing.assert_close({name.removeprefix("net."): value for name, value in average.items()}, expected)
     if "swa_end" not in schedule:
         torch.testing.assert_close(read(module.net), expected)
+
+
+def test_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(import lightning.*?)```", README.read_text(), re.DOTALL)
+    assert "max_epochs=90" in code
+    options = "max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator='cpu'"
+    code = code.replace("max_epochs=90", f"{options}, enable_checkpointing=False")
+    names: dict[str, Any] = {"module": Module(), "loader": loader(False)}
+    with lightnings_own_warnings():
+        exec(compile(code, "README.md", "exec"), names)
+    (swa,) = (one for one in names["trainer"].callbacks if isinstance(one, SWACallback))
+    assert swa.swa is not None
+    assert swa.swa.num_averaged == 5  # from step 12 of 16 on
+    torch.testing.assert_close(read(names["module"].net), mean(names["module"].steps[11:]))
 
 
 @on_ranks(2)

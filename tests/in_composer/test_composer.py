@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from dist_swa.integrations.composer import SWA
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
 
+README = Path(__file__).parents[2] / "README.md"
 EPOCHS, STEPS, GLOBAL_BATCH = 4, 8, 8  # epochs of a run, optimizer steps of an epoch
 SEVERAL: dict[str, Any] = {
     "swa_start": "0.3dur",
@@ -69,7 +71,7 @@ class Model(ComposerModel):  # type: ignore[misc]
 
     def eval_forward(self, batch: Sequence[Tensor], outputs: Any = None) -> Tensor:
         self.looks.append(read(self.net))
-        return self(batch)
+        return self.forward(batch)
 
 
 class Watch(Callback):  # type: ignore[misc]
@@ -180,6 +182,16 @@ def test_updates_averages_and_weights_are_composers(case: str) -> None:
         assert look.num_averaged == their.num_averaged
         if look.num_averaged:
             close(look.average, their.average)
+
+
+def test_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(from composer import.*?)```", README.read_text(), re.DOTALL)
+    model = Model()
+    names: dict[str, Any] = {"model": model, "optimizer": sgd(model), "loader": loader()}
+    exec(compile(code, "README.md", "exec"), names)
+    (swa,) = names["trainer"].state.algorithms
+    assert swa.swa.num_averaged == 2
+    assert swa.swa.completed
 
 
 def averages_of(swa: dist_swa.SWA | None) -> dict[str, Tensor]:
