@@ -439,6 +439,24 @@ def test_the_phase_has_the_last_word_on_the_learning_rate(interval: str) -> None
     torch.testing.assert_close(rates, [*before[:5], (start + 0.2) / 2, *[0.2] * 6])
 
 
+def test_what_a_plateau_scheduler_writes_holds_for_one_step() -> None:
+    rates: list[float] = []
+
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            self.log("loss", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    fit(Scheduled(), [SWACallback(schedule_swa_lr=True, swa_start="3ba", update_interval="1ba")])
+    torch.testing.assert_close(rates, [*[0.1] * 4, *[0.05, 0.1, 0.1, 0.1] * 2])
+
+
 @on_ranks(2)
 def test_fsdp1_attaches_and_resumes(tmp_path: Path) -> None:
     """FSDPStrategy refuses the CPU: here its wrapper is, and the calls that Lightning would make."""
