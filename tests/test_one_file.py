@@ -1,4 +1,4 @@
-"""An average in a checkpoint of one file: whole tensors from the first rank, for any number of ranks and any wrapper."""
+"""An average in a checkpoint of one file: saved by the first rank, for any number of ranks and any wrapper."""
 
 from typing import Any
 

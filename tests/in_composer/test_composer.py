@@ -364,6 +364,20 @@ def test_batch_norm_is_recalibrated() -> None:
     assert run("11ba", "12ba")[0][0] == 12
 
 
+def test_a_run_that_resumes_after_the_recalibration_keeps_its_statistics(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"swa_start": "2ba", "swa_end": "9ba", "update_interval": "1ba"}
+    plain = Model(with_norm=True)
+    trainer(plain, [SWA(**arguments)], max_duration="3ep").fit()
+    before = trainer(Model(with_norm=True), [SWA(**arguments)], max_duration="2ep")
+    before.fit()
+    path = before.save_checkpoint(str(tmp_path / "last.pt"))
+    resumed, swa = Model(with_norm=True), SWA(**arguments)
+    trainer(resumed, [swa], max_duration="3ep", load_path=path).fit()
+    assert swa.swa is not None
+    assert swa.swa.completed
+    assert same_bits(resumed.net.state_dict(), plain.net.state_dict())
+
+
 def test_a_checkpoint_of_composers_own_swa_warns(tmp_path: Path) -> None:
     before = trainer(Model(), [composers_own()], max_duration="1ep")
     before.fit()
