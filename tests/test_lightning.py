@@ -25,16 +25,17 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from cases import read
 from dist_swa import EMA, SWA, Equal, Window
 from dist_swa.integrations.lightning import SWACallback
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
+from small_run import GLOBAL_BATCH, averages_of, loader, network, samples, sgd
 
 README = Path(__file__).parents[1] / "README.md"
-EPOCHS, STEPS, GLOBAL_BATCH = 3, 4, 8  # epochs of a run, optimizer steps of an epoch
+EPOCHS, STEPS = 3, 4  # epochs of a run, optimizer steps of an epoch
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": DDPStrategy,
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
@@ -50,25 +51,9 @@ LIGHTNINGS_OWN_WARNINGS = (
 )
 
 
-def samples(num_samples: int = GLOBAL_BATCH * STEPS) -> TensorDataset:
-    given = torch.randn(num_samples, 4, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(given, given.roll(1, 0).square())
-
-
-def network(with_norm: bool = False) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        middle = nn.BatchNorm1d(6) if with_norm else nn.Tanh()
-        return nn.Sequential(nn.Linear(4, 6), middle, nn.Linear(6, 5), nn.Linear(5, 4))
-
-
 def loss_of(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     loss: Tensor = (model(batch[0]) - batch[1]).square().mean()
     return loss
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 class Module(pl.LightningModule):
@@ -143,13 +128,6 @@ class Ranks(ClusterEnvironment):
         return 0
 
 
-def loader(is_distributed: bool, num_batches: int = STEPS) -> DataLoader[Any]:
-    """Return the same global batches for any number of ranks; Lightning's own sampler shuffles."""
-    data, ranks = samples(GLOBAL_BATCH * num_batches), dist.get_world_size() if is_distributed else 1
-    sampler: Any = DistributedSampler(data, shuffle=False) if is_distributed else None
-    return DataLoader(data, GLOBAL_BATCH // ranks, sampler=sampler)
-
-
 def trainer(callbacks: list[Callback], strategy: str = "", **options: Any) -> pl.Trainer:
     if strategy:
         options |= {"strategy": STRATEGIES[strategy](), "devices": dist.get_world_size(), "plugins": [Ranks()]}
@@ -160,7 +138,7 @@ def trainer(callbacks: list[Callback], strategy: str = "", **options: Any) -> pl
         "accelerator": "cpu",
     }
     quiet["enable_checkpointing"] = any(isinstance(one, ModelCheckpoint) for one in callbacks)
-    quiet["use_distributed_sampler"] = False
+    quiet["use_distributed_sampler"] = False  # it shuffles
     return pl.Trainer(callbacks=callbacks, **(quiet | {"devices": 1, "max_epochs": EPOCHS} | options))
 
 
@@ -182,23 +160,11 @@ def fit(
     resume: Path | None = None,
     **options: Any,
 ) -> pl.Trainer:
-    data = loader(bool(strategy)) if data is None else data
+    data = loader(STEPS, bool(strategy)) if data is None else data
     with lightnings_own_warnings():
         it = trainer(callbacks, strategy, **options)
-        it.fit(module, data, loader(bool(strategy)) if look else None, ckpt_path=resume)
+        it.fit(module, data, loader(STEPS, bool(strategy)) if look else None, ckpt_path=resume)
     return it
-
-
-def averages_of(swa: SWA | None) -> dict[str, Tensor]:
-    """Return all averages of a run, whole, on every rank."""
-    assert swa is not None
-    gathered = [
-        {f"{name}.{key.removeprefix('net.')}": value for key, value in swa.average.full_state_dict(name).items()}
-        for name in swa.average.names
-    ]
-    first: list[Any] = [{key: value for one in gathered for key, value in one.items()}]
-    dist.broadcast_object_list(first)
-    return first[0]  # type: ignore[no-any-return]
 
 
 def plain_loop(strategy: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -212,7 +178,7 @@ def plain_loop(strategy: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]
     optimizer = sgd(model)
     swa = SWA(model, optimizer, max_duration=f"{EPOCHS}ep", steps_per_epoch=STEPS, swa_end=None, **SEVERAL)
     steps = []
-    given, wanted = (tensor[dist.get_rank() :: dist.get_world_size()] for tensor in samples().tensors)
+    given, wanted = (tensor[dist.get_rank() :: dist.get_world_size()] for tensor in samples(STEPS).tensors)
     for _ in range(EPOCHS):
         for batch in zip(given.chunk(STEPS), wanted.chunk(STEPS), strict=True):
             optimizer.zero_grad()
@@ -293,7 +259,7 @@ class Endless(IterableDataset[Any]):
     """Does not tell how many samples it has."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(samples(GLOBAL_BATCH * 5))
+        return iter(samples(5))
 
 
 # name: module, schedule, options of the Trainer, the steps (from 1) that are averaged
@@ -334,7 +300,7 @@ def test_every_optimizer_step_counts_once(run: str, tmp_path: Path) -> None:
     if scheduling := options.pop("accumulation", None):
         callbacks.append(GradientAccumulationScheduler(scheduling))
     endless, num_batches = options.pop("endless", False), options.pop("batches", STEPS)
-    data = DataLoader(Endless(), GLOBAL_BATCH) if endless else loader(False, num_batches)
+    data = DataLoader(Endless(), GLOBAL_BATCH) if endless else loader(num_batches, False)
     it = fit(module, callbacks, data=data, look=True, **options)
     assert swa.swa is not None
     assert swa.swa.schedule.now.batches == it.global_step == len(module.steps)
@@ -352,7 +318,7 @@ def test_the_readme_runs() -> None:
     assert "max_epochs=90" in code
     options = "max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator='cpu'"
     code = code.replace("max_epochs=90", f"{options}, enable_checkpointing=False")
-    names: dict[str, Any] = {"module": Module(), "loader": loader(False)}
+    names: dict[str, Any] = {"module": Module(), "loader": loader(STEPS, False)}
     with lightnings_own_warnings():
         exec(compile(code, "README.md", "exec"), names)
     (swa,) = (one for one in names["trainer"].callbacks if isinstance(one, SWACallback))
@@ -415,7 +381,9 @@ def test_batch_norm_is_recalibrated_from_the_training_batches(strategy: str) -> 
     fit(module, [SWACallback(**SCHEDULE)], strategy, look=True, limit_train_batches=3)
     norm = module.net[1]
     weights = read(module.net)
-    seen = (samples().tensors[0][: 3 * GLOBAL_BATCH] + 3).double() @ weights["0.weight"].double().T + weights["0.bias"]
+    seen = (samples(STEPS).tensors[0][: 3 * GLOBAL_BATCH] + 3).double() @ weights["0.weight"].double().T + weights[
+        "0.bias"
+    ]
     torch.testing.assert_close(norm.running_mean, seen.mean(0).float())
     torch.testing.assert_close(norm.running_var, seen.var(0).float())
     assert module.training
@@ -508,7 +476,7 @@ def test_a_second_fit_starts_anew_and_validate_leaves_the_model_alone() -> None:
     assert swa.swa is not None
     assert swa.swa.num_averaged == 5
     with lightnings_own_warnings():
-        trainer([swa]).validate(module, loader(False), verbose=False)
+        trainer([swa]).validate(module, loader(STEPS, False), verbose=False)
     assert same_bits(module.looks[-1], module.steps[-1])
     module.steps.clear()
     fit(module, [swa], look=True)  # its sanity check comes before the average is there

@@ -18,9 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from composer import Callback, ComposerModel, DataSpec, Event, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dist_swa
 from cases import read
@@ -28,9 +27,10 @@ from dist_swa import EMA, Equal, Window
 from dist_swa.integrations.composer import SWA
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
+from small_run import averages_of, loader, network, samples, sgd
 
 README = Path(__file__).parents[2] / "README.md"
-EPOCHS, STEPS, GLOBAL_BATCH = 4, 8, 8  # epochs of a run, optimizer steps of an epoch
+EPOCHS, STEPS = 4, 8  # epochs of a run, optimizer steps of an epoch
 SEVERAL: dict[str, Any] = {
     "swa_start": "0.3dur",
     "swa_end": None,
@@ -38,22 +38,6 @@ SEVERAL: dict[str, Any] = {
     "rule": {"swa": Equal(), "ema": EMA(decay=0.8), "last": Window(3)},
     "transfer": "swa",
 }
-
-
-def samples() -> TensorDataset:
-    given = torch.randn(GLOBAL_BATCH * STEPS, 4, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(given, given.roll(1, 0).square())
-
-
-def network(with_norm: bool = False) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        middle = nn.BatchNorm1d(6) if with_norm else nn.Tanh()
-        return nn.Sequential(nn.Linear(4, 6), middle, nn.Linear(6, 5), nn.Linear(5, 4))
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 class Model(ComposerModel):  # type: ignore[misc]
@@ -97,21 +81,17 @@ class Stop(Callback):  # type: ignore[misc]
             raise ZeroDivisionError
 
 
-def loader() -> DataLoader[Any]:
-    """Return the same global batches for any number of ranks."""
-    data = samples()
-    if not dist.is_initialized():
-        return DataLoader(data, GLOBAL_BATCH)
-    return DataLoader(data, GLOBAL_BATCH // dist.get_world_size(), sampler=DistributedSampler(data, shuffle=False))
-
-
 def trainer(model: Model, algorithms: Sequence[Any], *callbacks: Any, **options: Any) -> Trainer:
     if dist.is_initialized():  # what Composer's launcher would tell it
         os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
         os.environ |= {f"LOCAL_{name}": os.environ[name] for name in ("RANK", "WORLD_SIZE")}
         os.environ["NODE_RANK"] = "0"
     defaults: dict[str, Any] = {"progress_bar": False, "auto_log_hparams": False, "device": "cpu"}
-    defaults |= {"max_duration": f"{EPOCHS}ep", "optimizers": sgd(model), "train_dataloader": loader()}
+    defaults |= {
+        "max_duration": f"{EPOCHS}ep",
+        "optimizers": sgd(model),
+        "train_dataloader": loader(STEPS, dist.is_initialized()),
+    }
     return Trainer(model=model, algorithms=algorithms, callbacks=callbacks, **(defaults | options))
 
 
@@ -187,23 +167,11 @@ def test_updates_averages_and_weights_are_composers(case: str) -> None:
 def test_the_readme_runs() -> None:
     (code,) = re.findall(r"```python\n(from composer import.*?)```", README.read_text(), re.DOTALL)
     model = Model()
-    names: dict[str, Any] = {"model": model, "optimizer": sgd(model), "loader": loader()}
+    names: dict[str, Any] = {"model": model, "optimizer": sgd(model), "loader": loader(STEPS, dist.is_initialized())}
     exec(compile(code, "README.md", "exec"), names)
     (swa,) = names["trainer"].state.algorithms
     assert swa.swa.num_averaged == 2
     assert swa.swa.completed
-
-
-def averages_of(swa: dist_swa.SWA | None) -> dict[str, Tensor]:
-    """Return all averages of a run, whole, on every rank."""
-    assert swa is not None
-    whole: dict[str, Tensor] = {}
-    for name in swa.average.names:
-        state = swa.average.full_state_dict(name)
-        whole |= {f"{name}.{key.removeprefix('net.')}": value for key, value in state.items()}
-    first: list[Any] = [whole]
-    dist.broadcast_object_list(first)
-    return first[0]  # type: ignore[no-any-return]
 
 
 def plain_loop() -> dict[str, Tensor]:
@@ -213,7 +181,7 @@ def plain_loop() -> dict[str, Tensor]:
     swa = dist_swa.SWA(model, optimizer, max_duration=f"{EPOCHS}ep", **SEVERAL)
     steps = []
     for _ in range(EPOCHS):
-        for given, wanted in loader():
+        for given, wanted in loader(STEPS, dist.is_initialized()):
             optimizer.zero_grad()
             (model(given) - wanted).square().mean().backward()
             optimizer.step()
@@ -264,7 +232,7 @@ def test_a_resumed_run_ends_as_a_plain_loop(tmp_path: Path) -> None:
 
 def updates_of(swa: SWA) -> list[int]:
     """Return the batches of a run after which the average was updated."""
-    data = DataSpec(loader(), get_num_tokens_in_batch=lambda batch: 5)
+    data = DataSpec(loader(STEPS, dist.is_initialized()), get_num_tokens_in_batch=lambda batch: 5)
     watch = Watch([Event.BATCH_END, Event.EPOCH_END], lambda: look_at(swa).num_averaged)
     trainer(Model(), [swa], watch, train_dataloader=data).fit()
     counts = dict(watch.seen)
@@ -307,7 +275,7 @@ def test_evaluation_sees_the_average_and_changes_nothing() -> None:
         model = Model()
         swa = SWA(swa_start="8ba", swa_end=None, update_interval="1ba", evaluate=evaluate)
         watch = Watch([Event.BATCH_END], lambda: read(model.net))  # noqa: B023 (called within this turn)
-        trainer(model, [swa], watch, eval_dataloader=loader(), eval_interval="4ba").fit()
+        trainer(model, [swa], watch, eval_dataloader=loader(STEPS, dist.is_initialized()), eval_interval="4ba").fit()
         looks[evaluate], steps[evaluate], ends[evaluate] = model.looks[::STEPS], watch.seen, read(model.net)
     assert all(same_bits(one, other) for (_, one), (_, other) in zip(*steps.values(), strict=True))
     assert same_bits(*ends.values())
@@ -328,7 +296,7 @@ def test_an_error_in_an_evaluation_does_not_mix_the_weights_up() -> None:
     model, swa = Fails(), SWA(swa_start="1ba", swa_end=None, update_interval="1ba")
     it = trainer(model, [swa], watch := Watch([Event.BATCH_END], lambda: read(model.net)))
     with pytest.raises(ZeroDivisionError):
-        it.fit(duration="4ba", eval_dataloader=loader(), eval_interval="4ba")
+        it.fit(duration="4ba", eval_dataloader=loader(STEPS, dist.is_initialized()), eval_interval="4ba")
     assert not same_bits(model.looks[0], watch.seen[-1][1])
     with pytest.raises(RuntimeError, match="inside swapped_in"):  # a checkpoint now would lose the trained weights
         swa.state_dict()
@@ -347,7 +315,7 @@ def test_batch_norm_is_recalibrated() -> None:
 
         def look() -> Any:
             weight, bias = read(model.net)["0.weight"].double(), read(model.net)["0.bias"].double()
-            seen = samples().tensors[0].double() @ weight.T + bias
+            seen = samples(STEPS).tensors[0].double() @ weight.T + bias
             norm: Any = model.net[1]
             return all(
                 torch.allclose(statistic, expected.float(), rtol=1e-4, atol=1e-5)
