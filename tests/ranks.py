@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when the fork server imports torch
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOAD = ["pytest", "torch._dynamo", "torch.nn.parallel", "torch.distributed.fsdp"]
 _PRELOAD += ["torch.distributed.tensor.parallel", "torch.distributed.checkpoint.state_dict"]
+_PRELOAD += ["lightning.pytorch", "composer"]  # what is not installed is passed over
 _SERVER.set_forkserver_preload(_PRELOAD)
 
 _SETTLE_S = 1.0  # after the first bad news: of a death one may hear later than of the errors that it causes

@@ -19,7 +19,7 @@ ORDER = [
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
     *("checkpoint.safetensors_files", "checkpoint.source"),
     *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
-    *("__init__", "__main__", "integrations.accelerate", "integrations"),
+    *("__init__", "__main__", "integrations.accelerate", "integrations.one_file", "integrations"),
 ]
 FRAMEWORKS = ["accelerate", "transformers", "lightning", "composer"]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}

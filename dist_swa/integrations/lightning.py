@@ -1,0 +1,172 @@
+"""Weight averaging in Lightning's Trainer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.tensor import DTensor
+
+from dist_swa import SWA, checkpoint
+from dist_swa.integrations.one_file import load_whole_state, whole_state
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+    )
+    from lightning.pytorch.trainer.states import TrainerFn
+except ImportError as error:
+    raise ImportError(
+        f"dist_swa.integrations.lightning needs lightning, got {error}; pip install 'dist_swa[lightning]'"
+    ) from error
+
+_KEY = "dist_swa"  # of the average in Lightning's checkpoints
+
+
+class SWACallback(Callback):
+    """Averages the weights that a Trainer trains: ``Trainer(callbacks=[SWACallback(swa_start="0.7dur")])``.
+
+    For one device, `DDPStrategy`, `FSDPStrategy` and `ModelParallelStrategy`. Every optimizer step that
+    ``trainer.global_step`` counts is a step of the schedule; the average is in the model after ``fit``, with BatchNorm
+    recalibrated from the training dataloader. Checkpoints carry the average, sharded where Lightning's are, and
+    ``fit(ckpt_path=...)`` resumes it on any number of ranks. The average is `swa`, from the start of ``fit`` on.
+
+    With `schedule_swa_lr`, the phase has the last word on the learning rate: it is set after Lightning has stepped its
+    schedulers. (What a ReduceLROnPlateau writes after a validation holds for one step.)
+
+    Args:
+        evaluate: the weights that validation sees from `swa_start` on: "averaged" (with the BatchNorm statistics of
+            the last update), or "trained".
+        finalize_options: of `recalibrate_batch_norm`, as ``{"forward": function}`` where the module's own ``forward``
+            does not take the first element of a batch.
+        options: of `SWA`; `swa_end` is None by default. `max_duration` is that of the Trainer, `steps_per_epoch`
+            follows from its batches; without it (manual optimization, loaders without a length, a
+            GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are not taken.
+
+    Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts, and what
+    `SWA` raises at the first step. Every rank saves checkpoints together, as Lightning demands; one that is no folder
+    costs an all-gather of the average, and its memory on the first rank.
+    """
+
+    def __init__(
+        self, *, evaluate: str = "averaged", finalize_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        if evaluate not in ("averaged", "trained"):
+            raise ValueError(f"evaluate needs to be 'averaged' or 'trained', got evaluate={evaluate!r}; choose one")
+        self.swa: SWA | None = None
+        self._evaluates_average = evaluate == "averaged"
+        self._finalize_options = dict(finalize_options or {})
+        self._options = {"swa_end": None, **options}
+        self._swap = ExitStack()
+        self._saved: Mapping[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (num_callbacks := sum(isinstance(one, SWACallback) for one in _callbacks(trainer))) > 1:
+            raise RuntimeError(
+                f"a Trainer needs one SWACallback, got {num_callbacks=}; pass several averages as rule={{...}} of one"
+            )
+        works = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
+        if not isinstance(trainer.strategy, works) or isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "SWACallback needs weights that torch itself shards or replicates, got strategy="
+                f"{type(trainer.strategy).__name__}; use one of {', '.join(one.__name__ for one in works)}"
+            )
+        if stage == "fit":
+            self.swa = self._saved = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint.get(_KEY)  # the average is built later, when the model is wrapped
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = trainer.optimizers
+        if self._options.get("schedule_swa_lr") and len(optimizers) != 1:
+            raise ValueError(
+                f"schedule_swa_lr needs one optimizer, got num_optimizers={len(optimizers)}; leave it out and set the"
+                " rates in the module"
+            )
+        options = _length(trainer, pl_module) | self._options
+        self._counts_epochs = options.get("steps_per_epoch") is None
+        self.swa = SWA(trainer.model, optimizers[0] if len(optimizers) == 1 else None, **options)  # type: ignore[arg-type]
+        self._num_steps = trainer.global_step
+        if trainer.ckpt_path is not None:
+            self._resume(self.swa, trainer)
+
+    def _resume(self, swa: SWA, trainer: Trainer) -> None:
+        path = Path(str(trainer.ckpt_path))
+        if path.is_dir():
+            part = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* was not written by dist_swa.checkpoint")  # but by Lightning
+                checkpoint.load({f"{part}.{_KEY}": swa}, path)
+        elif self._saved is not None:
+            load_whole_state(swa, self._saved)
+        else:
+            warnings.warn(f"{path} has no averaging state: averaging starts anew, at its step 0", stacklevel=2)
+        self._saved = None
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        swa = cast(SWA, self.swa)
+        for _ in range(trainer.global_step - self._num_steps):  # none while gradients accumulate
+            swa.step()
+        self._num_steps = trainer.global_step
+        if self._counts_epochs and trainer.is_last_batch:
+            swa.end_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        num_batches = trainer.num_training_batches
+        options = {"max_batches": int(num_batches) if math.isfinite(num_batches) else None, **self._finalize_options}
+        with trainer.precision_plugin.forward_context():
+            cast(SWA, self.swa).finalize(_batches(trainer), **options)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        swa = self.swa if trainer.state.fn == TrainerFn.FITTING else None  # None: before the first step, too
+        if swa is not None and self._evaluates_average and swa.started and not swa.completed:
+            self._swap.enter_context(swa.swapped_in())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.swa is None:
+            return
+        weights = checkpoint["state_dict"]
+        if any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values()):
+            weights[_KEY] = self.swa.state_dict()  # Lightning writes this part by DCP, every rank its shards
+        else:
+            checkpoint[_KEY] = whole_state(self.swa)
+
+
+def _length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return `max_duration` and, where it is known and the same in every epoch, `steps_per_epoch`."""
+    num_batches, max_epochs, max_steps = trainer.num_training_batches, trainer.max_epochs or -1, trainer.max_steps
+    has_equal_epochs = not any(isinstance(one, GradientAccumulationScheduler) for one in _callbacks(trainer))
+    steps_per_epoch = None
+    if pl_module.automatic_optimization and has_equal_epochs and math.isfinite(num_batches):
+        steps_per_epoch = math.ceil(num_batches / trainer.accumulate_grad_batches)
+    if steps_per_epoch and max_epochs > 0 and max_steps > 0:
+        max_steps = min(max_steps, steps_per_epoch * max_epochs)
+    durations = [f"{max_steps}ba"] * (max_steps > 0) + [f"{max_epochs}ep"] * (max_epochs > 0) + [None]
+    return {"max_duration": durations[0], "steps_per_epoch": steps_per_epoch}
+
+
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """Yield the training batches as the module gets them."""
+    for batch in cast(Iterable[Any], trainer.train_dataloader):
+        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
