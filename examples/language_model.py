@@ -217,7 +217,8 @@ def main() -> None:
         for name, bits in figures.items():
             print(f"{name:16}{bits:13.4f}")
         print(f"{args.steps} steps, {swa.num_averaged} models averaged: {time.perf_counter() - begin:.0f} s")
-    dist.barrier()
+    dist.barrier()  # no rank goes while another one still talks to it
+    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ Order and noise of the data depend on the seed only: any number of ranks trains 
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,6 +241,7 @@ def main() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     train(args, device)
     dist.barrier()  # no rank goes while another one still talks to it
+    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ mark all that weight averaging adds to an ordinary script.
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def train(args: argparse.Namespace) -> None:
     accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}")
     accelerator.print(f"last iterate {last:10.2f} %\naveraged {averaged:14.2f} %")
     accelerator.wait_for_everyone()  # no rank goes while another one still talks to it
+    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
     accelerator.end_training()
 
 

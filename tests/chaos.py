@@ -276,6 +276,7 @@ def main() -> None:
         dist.init_process_group("gloo")
         follow_trajectory(Path("result.pt"), Path("checkpoints"))
         dist.barrier()
+        time.sleep(0.1)  # see the README, "The end of a script"
         dist.destroy_process_group()
         return
     print(f"chaos: seed {args.seed}", flush=True)
