@@ -41,7 +41,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
     "fsdp2, one file": lambda: ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=False),
 }
-SCHEDULE: dict[str, Any] = {"swa_start": "0.25dur", "update_interval": "1ba"}
+SCHEDULE: dict[str, Any] = {"swa_start": "0.25dur"}
 SEVERAL = {**SCHEDULE, "rule": {"swa": Equal(), "ema": EMA(decay=0.8), "last": Window(3)}, "transfer": "swa"}
 LIGHTNINGS_OWN_WARNINGS = (
     "`isinstance.treespec, LeafSpec.` is deprecated",
@@ -286,7 +286,7 @@ RUNS: dict[str, tuple[Callable[[], Module], dict[str, Any], dict[str, Any], Sequ
         (4, 6, 8),
     ),
     "no length": (Module, {"swa_start": "0.5dur", "update_interval": "1ep"}, {"endless": True}, (10, 15)),
-    "manual": (Manual, {"swa_start": "1ep", "update_interval": "1ba"}, {}, (6, 6, 8, 8, 10, 10, 12, 12)),
+    "manual": (Manual, {"swa_start": "1ep"}, {}, (6, 6, 8, 8, 10, 10, 12, 12)),
     "manual, max_steps": (Manual, SCHEDULE, {"max_steps": 8, "max_epochs": -1}, (2, 4, 4, 6, 6, 8, 8)),
     "end": (Module, {**SCHEDULE, "swa_end": "8ba"}, {}, range(3, 9)),
 }
@@ -401,7 +401,7 @@ def test_the_phase_has_the_last_word_on_the_learning_rate(interval: str) -> None
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.2, "anneal_steps": 2}
-    fit(Scheduled(), [SWACallback(swa_start="5ba", update_interval="1ba", **phase)])
+    fit(Scheduled(), [SWACallback(swa_start="5ba", **phase)])
     before = [0.1 * 0.5**step for step in range(6)] if interval == "step" else [0.1] * 4 + [0.05] * 2
     start = before[5]  # it has stepped when the phase begins, after the fifth step
     torch.testing.assert_close(rates, [*before[:5], (start + 0.2) / 2, *[0.2] * 6])
@@ -421,7 +421,7 @@ def test_what_a_plateau_scheduler_writes_holds_for_one_step() -> None:
             self.log("loss", 1.0)
             return super().training_step(batch, batch_idx)
 
-    fit(Scheduled(), [SWACallback(schedule_swa_lr=True, swa_start="3ba", update_interval="1ba")])
+    fit(Scheduled(), [SWACallback(schedule_swa_lr=True, swa_start="3ba")])
     torch.testing.assert_close(rates, [*[0.1] * 4, *[0.05, 0.1, 0.1, 0.1] * 2])
 
 

@@ -49,8 +49,8 @@ class SWACallback(Callback):
             the last update), or "trained".
         finalize_options: of `recalibrate_batch_norm`, as ``{"forward": function}`` where the module's own ``forward``
             does not take the first element of a batch.
-        options: of `SWA`; `swa_end` is None by default. `max_duration` is that of the Trainer, `steps_per_epoch`
-            follows from its batches; without it (manual optimization, loaders without a length, a
+        options: of `SWA`; by default every step from `swa_start` to the end counts. `max_duration` is that of the
+            Trainer, `steps_per_epoch` follows from its batches; without it (manual optimization, loaders without a length, a
             GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are not taken.
 
     Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts, and what
@@ -66,7 +66,7 @@ class SWACallback(Callback):
         self.swa: SWA | None = None
         self._evaluates_average = evaluate == "averaged"
         self._finalize_options = dict(finalize_options or {})
-        self._options = {"swa_end": None, **options}
+        self._options = {"swa_end": None, "update_interval": "1ba", **options}
         self._swap = ExitStack()
         self._saved: Mapping[str, Any] | None = None
 
