@@ -11,7 +11,6 @@ the seed and the version of Python only: any number of ranks trains on the same 
 
 import argparse
 import math
-import os
 import sysconfig
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dist_swa import EMA, SWA, Equal, Window  # dist_swa: the controller, and a rule for each average
+from train import process_group
 
 # Modules of one file each, in Python 3.11 to 3.13; every tenth is held out, whole. The list is fixed, so that the text
 # depends on nothing but the version of Python.
@@ -200,26 +200,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    begin = time.perf_counter()
-    figures, swa = run(args, device)
-    if dist.get_rank() == 0:
-        print(f"{'':16}bits per byte")
-        for name, bits in figures.items():
-            print(f"{name:16}{bits:13.4f}")
-        print(f"{args.steps} steps, {swa.num_averaged} models averaged: {time.perf_counter() - begin:.0f} s")
-    dist.barrier()  # no rank goes while another one still talks to it
-    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
-    dist.destroy_process_group()
+    with process_group() as device:
+        begin = time.perf_counter()
+        figures, swa = run(args, device)
+        if dist.get_rank() == 0:
+            print(f"{'':16}bits per byte")
+            for name, bits in figures.items():
+                print(f"{name:16}{bits:13.4f}")
+            print(f"{args.steps} steps, {swa.num_averaged} models averaged: {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

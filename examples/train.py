@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,8 +228,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Enter the group that torchrun describes, or one of this process alone; leave it when all ranks are done."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
@@ -239,11 +241,13 @@ def main() -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    train(args, device)
+    yield device
     dist.barrier()  # no rank goes while another one still talks to it
     time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args()
+    with process_group() as device:
+        train(args, device)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 from torch.nn import functional as F
+
+import train as example
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = str(ROOT / "examples" / "train.py")
@@ -87,8 +88,7 @@ def test_prints_the_table_and_draws_the_picture(uninterrupted: tuple[Path, str])
 
 def test_the_saved_model_has_the_last_row_of_the_table(uninterrupted: tuple[Path, str]) -> None:
     results, weights = written(uninterrupted[0])
-    example = runpy.run_path(EXAMPLE)
-    model, (images, labels) = example["build_model"]().eval(), example["load_data"]()[1]
+    model, (images, labels) = example.build_model().eval(), example.load_data()[1]
     model.load_state_dict(weights)
     with torch.no_grad():
         logits = model(images)

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import language_model as example
 from ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = str(ROOT / "examples" / "language_model.py")
-example: dict[str, Any] = runpy.run_path(EXAMPLE)
 OPTIONS = ["--steps=12", "--batch=6", "--context=16", "--layers=1", "--width=64", "--eval-batches=1"]
 OPTIONS += ["--swa-start=4ba", "--update-interval=2ba", "--half-life=3ba", "--window=3"]
 UPDATES = [4, 6, 8, 10, 12]  # the steps after which a model is averaged
@@ -90,7 +89,7 @@ def record() -> Record:
             mesh_shapes.update(tuple(parameter.device_mesh.shape) for parameter in parameters)
 
     hook = register_optimizer_step_post_hook(keep)
-    figures, swa = example["run"](example["parse_args"](OPTIONS), torch.device("cpu"))
+    figures, swa = example.run(example.parse_args(OPTIONS), torch.device("cpu"))
     hook.remove()
     averages = {name: swa.average.full_state_dict(name) for name in swa.average.names}
     num_parameters = int(swa.average.state_dict()["swa"]["num_parameters"])
@@ -99,13 +98,13 @@ def record() -> Record:
 
 
 def build() -> Any:
-    args = example["parse_args"](OPTIONS)
-    return example["GPT"](args.layers, args.width, args.context)
+    args = example.parse_args(OPTIONS)
+    return example.GPT(args.layers, args.width, args.context)
 
 
 def bits_per_byte(weights: dict[str, Tensor]) -> float:
     """Return what the example's table should say of these weights, from the text alone."""
-    model, (_, held_out) = build(), example["load_text"]()
+    model, (_, held_out) = build(), example.load_text()
     model.load_state_dict(weights)
     windows = torch.stack([held_out[16 * i : 16 * i + 17] for i in range(64)])
     with torch.no_grad():

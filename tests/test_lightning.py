@@ -41,7 +41,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
     "fsdp2, one file": lambda: ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=False),
 }
-SCHEDULE: dict[str, Any] = {"swa_start": "0.25dur"}
+SCHEDULE: dict[str, Any] = {"swa_start": "0.25dur", "update_interval": "1ba"}
 SEVERAL = {**SCHEDULE, "rule": {"swa": Equal(), "ema": EMA(decay=0.8), "last": Window(3)}, "transfer": "swa"}
 LIGHTNINGS_OWN_WARNINGS = (
     "`isinstance.treespec, LeafSpec.` is deprecated",

@@ -50,8 +50,9 @@ class SWACallback(Callback):
         finalize_options: of `recalibrate_batch_norm`, as ``{"forward": function}`` where the module's own ``forward``
             does not take the first element of a batch.
         options: of `SWA`; by default every step from `swa_start` to the end counts. `max_duration` is that of the
-            Trainer, `steps_per_epoch` follows from its batches; without it (manual optimization, loaders without a length, a
-            GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are not taken.
+            Trainer, `steps_per_epoch` follows from its batches; without it (manual optimization, loaders without a
+            length, a GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are
+            not taken.
 
     Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts, and what
     `SWA` raises at the first step. Every rank saves checkpoints together, as Lightning demands; one that is no folder
