@@ -119,6 +119,12 @@ class ShardedAverage:
         for track, weight in zip(tracks, weights, strict=True):
             track.count(weight)
 
+    def reset(self) -> None:
+        """Forget what was averaged; the next update is the first. Local. Raises RuntimeError inside `swapped_in`."""
+        self.require("reset", outside_of_a_swap=True)
+        for track in self._tracks.values():
+            track.num_averaged = 0
+
     @contextmanager
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
         """Let the model carry the averaged weights and buffers inside the ``with``, and exactly its own after it.

@@ -84,7 +84,11 @@ class Schedule:
         self.steps_per_epoch = steps_per_epoch
         self.rule_units = frozenset(rule_units)
         self._check_arguments()
-        self.now = Progress()
+        self.reset(Progress())
+
+    def reset(self, now: Progress) -> None:
+        """Be at `now`, with no update behind."""
+        self.now = now
         self.first_update: Progress | None = None
         self.last_update: Progress | None = None
         self.completed = False
@@ -150,6 +154,14 @@ class Schedule:
         self.first_update, self.last_update = (None if p.batches < 0 else p for p in (first, last))
         self.completed = bool(state["completed"][0])
 
+    def resume(self, state: Mapping[str, list[int]]) -> None:
+        """Take the position from a checkpoint. What this schedule has not brought to its end goes on."""
+        self.load_state_dict(state)
+        self.completed = self.completed and self._is_over()
+
+    def _is_over(self) -> bool:
+        return self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
+
     def _check(self) -> Decision:
         if self.completed or self._at(self.now, self.start.unit) < self.start.value:
             return Decision()
@@ -157,7 +169,7 @@ class Schedule:
         update = self.first_update is None or self._intervals_at(self.now, first) > self._intervals_at(last, first)
         if update:
             self.first_update, self.last_update = first, self.now
-        self.completed = self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
+        self.completed = self._is_over()
         elapsed = {unit: float(self._at(self.now, unit) - self._at(last, unit)) for unit in UNITS}
         return Decision(update, self.completed, elapsed)
 

@@ -17,7 +17,7 @@ from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
 from dist_swa.names import NamePattern
 from dist_swa.norms import find_norms
 from dist_swa.rules import Equal, Rule
-from dist_swa.schedule import Decision, Schedule
+from dist_swa.schedule import Decision, Progress, Schedule
 from dist_swa.shards import unwrap
 from dist_swa.track import check_keys
 
@@ -121,7 +121,10 @@ class SWA:
 
     @property
     def completed(self) -> bool:
-        """Whether the average went into the model for good; no more updates."""
+        """Whether the average went into the model for good; no more updates.
+
+        Of a run that `finalize` ended, a checkpoint goes on: there may be more steps, and another `finalize`.
+        """
         return self.schedule.completed
 
     @property
@@ -184,6 +187,15 @@ class SWA:
         self.average.transfer(self._transferred)
         self.schedule.completed = True
 
+    def reset(self, *, batches: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
+        """Forget what was averaged, and be that far into the run. Local; every rank calls it. No memory is freed.
+
+        Raises RuntimeError inside `swapped_in`.
+        """
+        self.average.reset()
+        self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
+        self.num_skipped, self._start_lrs, self._frozen = 0, [], set()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the average, the position in the schedule, the rates at `swa_start` and frozen layers. Local.
 
@@ -216,7 +228,7 @@ class SWA:
                 f" num_layers={len(self._norms)}; build the model as it was"
             )
         self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
-        self.schedule.load_state_dict(schedule)
+        self.schedule.resume(schedule)
         self.num_skipped = schedule["num_skipped"]
         self._start_lrs = start_lrs if self.started else []
         self._frozen = {name for name, is_frozen in zip(self._norms, frozen, strict=True) if is_frozen}
@@ -239,13 +251,17 @@ class SWA:
             raise
         if self._optimizer is not None and self.started and (decision.complete or not self.completed):
             self._start_lrs = self._start_lrs or get_lrs(self._optimizer)
-            if self._schedules_lr:
-                strategy, steps = self._anneal
-                fraction = self.num_averaged / steps
-                set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
+            self._write_lrs()
         if decision.complete:
             self.average.transfer(self._transferred)
         return decision.update
+
+    def _write_lrs(self) -> None:
+        """Give the optimizer the rates of the phase, whatever a scheduler has written."""
+        if self._optimizer is not None and self._schedules_lr:
+            strategy, steps = self._anneal
+            fraction = self.num_averaged / steps
+            set_lrs(self._optimizer, [phase_lr(lr, self._swa_lr, strategy, fraction) for lr in self._start_lrs])
 
     def _skip(self, decision: Decision, position: Mapping[str, list[int]]) -> Decision:
         """Refuse an update that is due; it stays due, and what completes does so without it."""

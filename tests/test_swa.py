@@ -48,6 +48,49 @@ def test_updates_by_the_schedule_and_finalizes() -> None:
     assert not swa.step()
 
 
+def test_a_checkpoint_of_a_run_that_ended_goes_on_by_the_new_schedule() -> None:
+    model = linear()
+    options: dict[str, Any] = {"swa_start": "8ba", "update_interval": "1ba"}
+    for end, later_end in ((None, None), ("10ba", "12ba"), ("10ba", None)):
+        first = SWA(model, swa_end=end, **options)
+        run(first, model, 10)
+        first.finalize()
+        assert first.completed
+        state = first.state_dict()
+        same = SWA(model, swa_end=end, **options)
+        same.load_state_dict(state)
+        assert (same.completed, same.num_averaged) == (end is not None, 3)
+        longer = SWA(model, swa_end=later_end, **options)
+        longer.load_state_dict(state)
+        assert not longer.completed
+        assert run(longer, model, 2) == [1, 2]  # the weights 1 and 2 after 8, 9 and 10
+        longer.finalize()
+        assert model.weight.eq(6).all()
+
+
+def test_reset_starts_anew_within_the_run() -> None:
+    model = linear()
+    options: dict[str, Any] = {"max_duration": "10ba", "swa_start": "0.8dur", "swa_end": None, "update_interval": "1ba"}
+    options |= {"schedule_swa_lr": True, "swa_lr": 0.0, "anneal_steps": 4}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    swa = SWA(model, optimizer, **options, rule={"mean": Equal(), "ema": EMA(decay=0.5)}, transfer="mean")
+    assert run(swa, model, 9) == [8, 9]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with swa.swapped_in(), pytest.raises(RuntimeError, match="reset needs the model to carry its trained weights"):
+        swa.reset()
+    assert swa.num_averaged == 2
+    swa.num_skipped = 1
+    swa.reset(batches=6)
+    assert (swa.started, swa.completed, swa.num_averaged, swa.num_skipped) == (False, False, 0, 0)
+    optimizer.param_groups[0]["lr"] = 0.8
+    assert run(swa, model, 4) == [2, 3, 4]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)  # of what it was at the first of these
+    assert swa.average.full_state_dict("mean")["weight"].eq(3).all()
+    assert swa.average.full_state_dict("ema")["weight"].eq(3.25).all()
+    swa.reset()
+    assert swa.schedule.now.batches == 0
+
+
 def test_defaults_are_composers() -> None:
     model = linear()
     swa = SWA(model, max_duration="100ba", steps_per_epoch=10)

@@ -73,7 +73,7 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
     """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
 
     For any number of ranks and any wrappers. An entry that is an `SWA` or `ShardedAverage` of which the checkpoint
-    has nothing stays as it is, with one warning: averaging starts anew. A checkpoint by plain dcp.save has no
+    has nothing is reset, with one warning: averaging starts anew. A checkpoint by plain dcp.save has no
     checksums: one warning says that damage inside of tensors is not looked for.
 
     Raises on every rank alike, and before anything has changed: CheckpointError for a checkpoint that is damaged,
@@ -101,6 +101,8 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
     with plain_errors(), no_group_is_fine():
         dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
     with all_raise(process_group):
+        for key in anew:
+            state[key].reset()
         for key, loaded in states.items():
             if isinstance(state[key], Stateful):
                 state[key].load_state_dict(loaded)
