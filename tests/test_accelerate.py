@@ -224,6 +224,7 @@ def wrong_uses(folder: Path) -> None:
                 prepare_swa(accelerator, model, optimizer, **OPTIONS)
             ema = prepare_swa(accelerator, model, optimizer, name="ema", **OPTIONS)
             train(accelerator, model, optimizer, swa, 0, START)
+            assert not ema.step()  # one of these
             accelerator.save_state(str(folder / kind))
             with swa.swapped_in(), pytest.raises(RuntimeError, match="inside swapped_in; leave it first"):
                 accelerator.save_state(str(folder / kind))
@@ -232,12 +233,18 @@ def wrong_uses(folder: Path) -> None:
             accelerator.save_state(str(folder / f"{kind} detached"))
             assert not (folder / f"{kind} detached/dist_swa").exists()
             assert (folder / f"{kind} detached/ema").exists()
+            for name in ("", ".", "..", "a/b", "/tmp", 5):  # what is there is removed before a save
+                with pytest.raises(ValueError, match="needs a name for a folder in each checkpoint"):
+                    prepare_swa(accelerator, model, optimizer, name=name, **OPTIONS)  # type: ignore[arg-type]
             swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
+            train(accelerator, model, optimizer, swa, 0, START)
+            assert swa.num_averaged == 1
             with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
                 accelerator.load_state(str(folder / f"{kind} detached"))
             assert sum("averaging" in str(warning.message) for warning in caught) == 1
             assert not swa.step()
-            assert (swa.schedule.now.batches, swa.num_averaged, ema.num_averaged) == (0, 0, 0)
+            assert (swa.schedule.now.batches, swa.num_averaged) == (0, 0)
+            assert (ema.schedule.now.batches, ema.num_averaged) == (1, 0)
             next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
             with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
                 prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
@@ -270,6 +277,9 @@ def learning_rates() -> list[tuple[float, float]]:
             written = optimizer.param_groups[0]["lr"]
             swa.step()
             rates.append((written, optimizer.param_groups[0]["lr"]))
+            optimizer.optimizer.param_groups[0]["lr"] = written
+            swa.step()  # without a step of the optimizer, as when gradients accumulate
+            assert optimizer.param_groups[0]["lr"] == rates[-1][1]
     return rates
 
 

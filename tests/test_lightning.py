@@ -435,7 +435,8 @@ def test_fsdp1_attaches_and_resumes(tmp_path: Path) -> None:
         )
         it: Any = SimpleNamespace(callbacks=[swa], model=model, optimizers=[sgd(model)], global_step=0, max_epochs=1)
         it.strategy, it.is_global_zero = object.__new__(FSDPStrategy), dist.get_rank() == 0
-        it.num_training_batches, it.max_steps, it.accumulate_grad_batches, it.ckpt_path = 6, -1, 1, None
+        it.num_training_batches, it.max_steps, it.accumulate_grad_batches = 6, -1, 1
+        it.current_epoch, it.ckpt_path = 0, None
         module: Any = SimpleNamespace(automatic_optimization=True)
         swa.setup(it, module, "fit")
         if saved is not None:
@@ -486,11 +487,77 @@ def test_a_second_fit_starts_anew_and_validate_leaves_the_model_alone() -> None:
 
 def test_a_checkpoint_without_an_average_warns(tmp_path: Path) -> None:
     fit(Module(), [ModelCheckpoint(tmp_path, filename="{step}")], max_epochs=1)
-    swa = SWACallback(**SCHEDULE)
+    swa = SWACallback(swa_start="0.5dur")
     with pytest.warns(UserWarning, match="no averaging state: averaging starts anew"):
         fit(Module(), [swa], resume=tmp_path / "step=4.ckpt")
     assert swa.swa is not None
-    assert swa.swa.num_averaged == 6  # of the 8 steps that were left, from the third
+    assert swa.swa.num_averaged == 7  # from the sixth step of the run, though the first four were another's
+
+
+def resume_the_end(path: Path) -> dict[str, Tensor]:
+    """The model after a run that resumes where nothing is left."""
+    module = Module(with_norm=True)
+    fit(module, [SWACallback(**SCHEDULE)], "ddp" if dist.is_initialized() else "", resume=path)
+    assert not module.steps
+    return dict(module.net.state_dict())
+
+
+def test_a_run_killed_before_its_end_is_finished_when_resumed(tmp_path: Path) -> None:
+    """Its last checkpoint has no step left to train; Lightning then tells of no end."""
+    module = Module(with_norm=True)
+    fit(module, [SWACallback(**SCHEDULE), ModelCheckpoint(tmp_path, filename="{step}")])
+    assert not same_bits(read(module.net), module.steps[-1])
+    expected = dict(module.net.state_dict())
+    parameters = [name for name, _ in module.net.named_parameters()]
+    path = tmp_path / f"step={EPOCHS * STEPS}.ckpt"
+    for resumed in (resume_the_end(path), *run_on_ranks(resume_the_end, 2, path)):
+        assert same_bits(resumed, expected, parameters)
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(resumed[name], expected[name])
+
+
+def test_a_longer_run_goes_on_with_the_average_of_one_that_ended(tmp_path: Path) -> None:
+    first, module = SWACallback(swa_start="8ba"), Module()
+    it = fit(module, [first])
+    it.save_checkpoint(tmp_path / "ended.ckpt")  # as with save_last: the model is the average, which was completed
+    longer, again = SWACallback(swa_start="8ba"), Module()
+    fit(again, [longer], resume=tmp_path / "ended.ckpt", max_epochs=EPOCHS + 1)
+    assert longer.swa is not None
+    assert longer.swa.num_averaged == 9
+    expected = mean(module.steps[7:] + again.steps)
+    torch.testing.assert_close(read(again.net), expected)
+    once_more = fit(module, [first])  # another Trainer begins at its step 0
+    assert once_more.global_step == EPOCHS * STEPS
+    with lightnings_own_warnings():
+        it.fit_loop.max_epochs = EPOCHS + 2
+        it.fit(module, loader(STEPS, False))
+    assert first.swa is not None
+    assert first.swa.schedule.now.batches == it.global_step == (EPOCHS + 2) * STEPS
+    assert first.swa.num_averaged == 2 * STEPS
+
+
+class Two(Module):
+    """Takes batches of two loaders at once, in `training_step` alone."""
+
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return loss_of(self.net, batch["a"]) + loss_of(self.net, batch["b"])
+
+
+def test_several_loaders_recalibrate_and_a_forward_is_asked_for_in_time() -> None:
+    data = {"a": loader(STEPS, False), "b": loader(STEPS, False)}
+    module = Two(with_norm=True)
+    with pytest.raises(ValueError, match=r"recalibrating BatchNorm needs a forward, got Two without one; .*options="):
+        fit(module, [SWACallback(**SCHEDULE)], data=data)
+    assert not module.steps
+    options = {"forward": lambda module, batch: module.net(torch.cat([batch["a"][0], batch["b"][0]]))}
+    fit(module, [SWACallback(**SCHEDULE, finalize_options=options)], data=data)
+    weights = read(module.net)
+    seen = torch.cat([samples(STEPS).tensors[0]] * 2).double() @ weights["0.weight"].double().T + weights["0.bias"]
+    norm: Any = module.net[1]
+    torch.testing.assert_close(norm.running_mean, seen.mean(0).float())
+    torch.testing.assert_close(norm.running_var, seen.var(0).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_callback_is_refused() -> None:

@@ -259,8 +259,26 @@ def uses(folder: Path) -> None:
         with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
             trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}"))
         assert sum("averaging" in str(warning.message) for warning in caught) == 1
+        assert callback.swa.schedule.now.batches == STEPS
+        assert callback.swa.num_averaged == STEPS - STOP
         looks = [key for entry in trainer.state.log_history for key in entry if key in ("eval_loss", "eval_swa_loss")]
         assert looks == ["eval_loss"]  # but for those of the run before, of two datasets
+    with launched():
+        callback = SWACallback(**start)
+        trainer = trainer_for(kind, folder / "other", callback, eval_strategy="steps", eval_steps=2)
+        plain = trainer.evaluate
+
+        def evaluate(eval_dataset: Any = None, examples: Any = None, metric_key_prefix: str = "eval") -> Any:
+            """One with other arguments than the Trainer's, as for question answering."""
+            seen.append(metric_key_prefix)
+            return plain(eval_dataset, metric_key_prefix=metric_key_prefix)
+
+        seen: list[str] = []
+        trainer.evaluate = lambda ignore_keys=None, **kwargs: evaluate(**kwargs)  # type: ignore[method-assign]
+        own = trainer.evaluate
+        trainer.train()
+        assert seen == ["eval", "eval", "eval_swa", "eval", "eval_swa"]
+        assert trainer.evaluate is own
     with launched():
         callback = SWACallback(swa_start="1ep", update_interval="1ep")
         trainer = trainer_for(kind, folder / "endless", callback)
@@ -297,10 +315,13 @@ def test_follows_the_trainer(tmp_path: Path) -> None:
 def wrong_uses(folder: Path) -> None:
     enter_fsdp()
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    metric, averaged = "metric_for_best_model", SWACallback(evaluate="averaged")
     callbacks: list[tuple[type[Exception], str, list[SWACallback], dict[str, Any]]] = [
         (RuntimeError, r"needs one SWACallback, got 2; .*rule=", [SWACallback(), SWACallback()], {}),
         (ValueError, r"needs load_best_model_at_end=False, got True", [SWACallback()], best),
         (ValueError, r"needs a schedule in ep, ba or dur, got units=\['sp'\]", [SWACallback(swa_start="9sp")], {}),
+        (ValueError, r"every evaluation has, got .*'loss' with evaluate='averaged'", [averaged], {metric: "loss"}),
+        (ValueError, r"every evaluation has, got .*'eval_swa_loss' with", [SWACallback()], {metric: "eval_swa_loss"}),
         (ValueError, r"needs num_processes=4, got 2 of them", [SWACallback(num_processes=4)], {}),
     ]
     for error, message, given, options in callbacks:

@@ -59,6 +59,8 @@ class AcceleratedSWA(SWA):
         samples = None if samples is None else self._samples + samples
         tokens = None if tokens is None else self._tokens + tokens
         updated = bool(self._steps) and super().step(samples=samples, tokens=tokens)
+        if not self._steps and self.started and not self.completed:
+            self._write_lrs()  # a scheduler may step without the optimizer
         self._samples, self._tokens = (0, 0) if self._steps else (samples or 0, tokens or 0)
         self._steps.clear()
         return updated
@@ -76,14 +78,16 @@ class AcceleratedSWA(SWA):
         self._accelerator.wait_for_everyone()
         checkpoint.save({"swa": self}, folder)
 
-    def load(self, folder: Path) -> None:
-        """Load what `save` saved. A collective. Without `folder`: one warning, and averaging starts anew."""
+    def load(self, folder: Path) -> bool:
+        """Load what `save` saved. A collective. Without `folder`: one warning, `reset`, and False."""
         (is_there,) = broadcast_object_list([folder.exists()])
         if is_there:
             checkpoint.load({"swa": self}, folder)
         else:
             warnings.warn(f"{folder} is not there: averaging starts anew", stacklevel=2)
+            self.reset()
         self._steps.clear()
+        return bool(is_there)
 
     def detach(self) -> None:
         """Let go of optimizer and accelerator: no more steps are counted, nothing goes into their checkpoints."""
@@ -114,7 +118,7 @@ def prepare_swa(
     Args:
         num_processes: how many the launch is meant to run; some launches silently run one.
         name: of the average's folder in a checkpoint, where an accelerator has several. A checkpoint without that
-            folder gives one warning, and averaging starts anew.
+            folder gives one warning, and averaging starts anew, as at the run's first step.
         swa_end, update_interval, options: those of `SWA`; by default every step from `swa_start` to the end counts.
 
     Memory, and when it is a collective: as `SWA`. Raises ValueError for a model or optimizer that was not prepared,
@@ -138,6 +142,8 @@ def prepare_swa(
             f"prepare_swa needs what accelerator.prepare returned, got a {type(model).__name__} and a"
             f" {type(optimizer).__name__} that were not prepared; call it after prepare"
         )
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
     if name in _names.get(accelerator, ()):
         raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
     return AcceleratedSWA(

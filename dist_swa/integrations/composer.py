@@ -34,10 +34,11 @@ class SWA(Algorithm):  # type: ignore[misc]
     """Averages the weights that a Trainer trains: ``Trainer(..., algorithms=[SWA(swa_start="1ep", swa_end="2ep")])``.
 
     Arguments, defaults and the updates that follow from them are those of Composer's own SWA. Beyond it: times in any
-    unit, `swa_lr` as it was given, averages sharded over the ranks, and resumption on any number of them. At `swa_end`
-    the average goes into the model, and training goes on from it; where `swa_end` is None or never comes, it is in
-    the model after ``fit``. BatchNorm is recalibrated from the training dataloader then: at the end of that epoch or
-    of ``fit``. The average is `swa`, from the start of ``fit`` on.
+    unit, `swa_lr` as it was given, averages split over the ranks, and resumption on any number of them. At `swa_end`
+    the average goes into the model, and training goes on from it; where `swa_end` is None, or a part of a run that
+    stops early, the average is in the model after ``fit``. BatchNorm is recalibrated from the training dataloader
+    then: at the end of that epoch or of ``fit``. Any other `swa_end` may come in a further ``fit``; until then the
+    model keeps its trained weights, with a warning. The average is `swa`, from the start of ``fit`` on.
 
     With `schedule_swa_lr`, the phase has the last word on the learning rate: it is set after Composer has stepped its
     schedulers. `swa_lr` without it is ignored, with a warning.
@@ -48,8 +49,9 @@ class SWA(Algorithm):  # type: ignore[misc]
         finalize_options: of `recalibrate_batch_norm`, as ``{"max_batches": 100}``.
         options: further ones of `dist_swa.SWA`, as `rule`.
 
-    Raises RuntimeError for a second one in a Trainer, and what `dist_swa.SWA` raises when ``fit`` starts. Checkpoints
-    cost an all-gather of the average, and its memory on the first rank. For one process and DDP.
+    For one process and DDP. Raises RuntimeError for a second one in a Trainer, ValueError for FSDP and tensor
+    parallelism, and what `dist_swa.SWA` raises when ``fit`` starts. Checkpoints cost an all-gather of the average, and
+    its memory on the first rank.
     """
 
     def __init__(
@@ -100,18 +102,25 @@ class SWA(Algorithm):  # type: ignore[misc]
             self._swap.close()  # at FIT_START: what an evaluation that raised has left
         if event == Event.FIT_START and self.swa is None:
             self.swa = self._attached(state)
+        elif event == Event.FIT_START and self.swa is not None:
+            self.swa.schedule.resume(self.swa.schedule.state_dict())  # what the end of the last fit completed goes on
         if self.swa is not None:
             self._follow(self.swa, event, state)
 
     def _attached(self, state: State) -> dist_swa.SWA:
+        if state.fsdp_config is not None or state.tp_config is not None:
+            raise ValueError(
+                "SWA needs a model in DDP or one process, got parallelism_config for FSDP or tensor parallelism; leave"
+                " it out, the average is split over the ranks of DDP"
+            )
         optimizer = state.optimizers[0] if len(state.optimizers) == 1 else None
         swa = dist_swa.SWA(state.model, optimizer, max_duration=str(state.max_duration), **self._options)
         if self._saved:
             load_whole_state(swa, self._saved)
         elif state.load_path is not None:
-            warnings.warn(
-                f"{state.load_path} has no averaging state: averaging starts anew, at its step 0", stacklevel=2
-            )
+            warnings.warn(f"{state.load_path} has no averaging state: averaging starts anew", stacklevel=2)
+            now = state.timestamp
+            swa.reset(batches=int(now.batch), epochs=int(now.epoch), samples=int(now.sample), tokens=int(now.token))
         self._saved = None
         return swa
 
@@ -123,7 +132,13 @@ class SWA(Algorithm):  # type: ignore[misc]
             swa.end_epoch()
         elif event == Event.EVAL_START and self._evaluates_average and swa.started and not swa.completed:
             self._swap.enter_context(swa.swapped_in())
-        if event == Event.FIT_END and not swa.completed:
+        if event == Event.FIT_END and not swa.completed and swa.schedule.end and swa.schedule.end.unit != "dur":
+            warnings.warn(
+                f"swa_end={swa.schedule.end} has not come in {swa.schedule.now.batches} steps: the model keeps its"
+                " trained weights, for a further fit; or call swa.finalize",
+                stacklevel=2,
+            )
+        elif event == Event.FIT_END and not swa.completed:
             with get_precision_context(state.precision, state.precision_config):
                 swa.finalize(_batches(state), **self._finalize_options)
         elif event in (Event.EPOCH_END, Event.FIT_END) and swa.completed and not self._is_recalibrated:

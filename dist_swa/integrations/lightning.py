@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_swa import SWA, checkpoint
@@ -25,6 +26,8 @@ try:
         SingleDeviceStrategy,
     )
     from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError(
         f"dist_swa.integrations.lightning needs lightning, got {error}; pip install 'dist_swa[lightning]'"
@@ -39,7 +42,9 @@ class SWACallback(Callback):
     For one device, `DDPStrategy`, `FSDPStrategy` and `ModelParallelStrategy`. Every optimizer step that
     ``trainer.global_step`` counts is a step of the schedule; the average is in the model after ``fit``, with BatchNorm
     recalibrated from the training dataloader. Checkpoints carry the average, sharded where Lightning's are, and
-    ``fit(ckpt_path=...)`` resumes it on any number of ranks. The average is `swa`, from the start of ``fit`` on.
+    ``fit(ckpt_path=...)`` resumes it on any number of ranks. Their ``state_dict`` is the trained weights, so of a
+    `ModelCheckpoint` that monitors a validation of averages, the best one's average counts. The average is `swa`, from
+    the start of ``fit`` on.
 
     With `schedule_swa_lr`, the phase has the last word on the learning rate: it is set after Lightning has stepped its
     schedulers. (What a ReduceLROnPlateau writes after a validation holds for one step.)
@@ -54,8 +59,9 @@ class SWACallback(Callback):
             length, a GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are
             not taken.
 
-    Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts, and what
-    `SWA` raises at the first step. Every rank saves checkpoints together, as Lightning demands; one that is no folder
+    Raises RuntimeError for a second `SWACallback`; ValueError for any other strategy, and for BatchNorm in a module
+    without ``forward``, when ``fit`` starts; what `SWA` raises; RuntimeError for ``save_checkpoint`` inside of a
+    validation of averages. Every rank saves checkpoints together, as Lightning demands; one that is no folder
     costs an all-gather of the average, and its memory on the first rank.
     """
 
@@ -95,10 +101,18 @@ class SWACallback(Callback):
                 f"schedule_swa_lr needs one optimizer, got num_optimizers={len(optimizers)}; leave it out and set the"
                 " rates in the module"
             )
+        model = cast(nn.Module, trainer.model)
+        has_norms = any(getattr(module, "running_mean", None) is not None for module in model.modules())
+        if has_norms and "forward" not in self._finalize_options and not is_overridden("forward", pl_module):
+            raise ValueError(
+                f"recalibrating BatchNorm needs a forward, got {type(pl_module).__name__} without one; write it, or"
+                ' pass finalize_options={"forward": lambda module, batch: module.net(batch[0])}'
+            )
         options = _length(trainer, pl_module) | self._options
         self._counts_epochs = options.get("steps_per_epoch") is None
-        self.swa = SWA(trainer.model, optimizers[0] if len(optimizers) == 1 else None, **options)  # type: ignore[arg-type]
+        self.swa = SWA(model, optimizers[0] if len(optimizers) == 1 else None, **options)
         self._num_steps = trainer.global_step
+        self.swa.reset(batches=trainer.global_step, epochs=trainer.current_epoch)  # not 0 where a fit goes on
         if trainer.ckpt_path is not None:
             self._resume(self.swa, trainer)
 
@@ -112,7 +126,7 @@ class SWACallback(Callback):
         elif self._saved is not None:
             load_whole_state(swa, self._saved)
         else:
-            warnings.warn(f"{path} has no averaging state: averaging starts anew, at its step 0", stacklevel=2)
+            warnings.warn(f"{path} has no averaging state: averaging starts anew", stacklevel=2)
         self._saved = None
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -122,6 +136,11 @@ class SWACallback(Callback):
         self._num_steps = trainer.global_step
         if self._counts_epochs and trainer.is_last_batch:
             swa.end_epoch()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.swa is None and trainer.ckpt_path is not None:  # nothing was left to train, so nothing has started
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_batches = trainer.num_training_batches
@@ -165,7 +184,7 @@ def _length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 def _batches(trainer: Trainer) -> Iterator[Any]:
     """Yield the training batches as the module gets them."""
-    for batch in cast(Iterable[Any], trainer.train_dataloader):
+    for batch, _, _ in CombinedLoader(trainer.train_dataloader, "max_size_cycle"):  # of one loader or several
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class SWACallback(TrainerCallback):
 
     Args:
         evaluate: what ``Trainer.evaluate`` looks at once models are averaged and until training ends: "averaged"
-            weights, with metrics named ``eval_swa_*``, "trained" ones, or "both".
+            weights, with metrics named ``eval_swa_*``, "trained" ones, or "both". `metric_for_best_model` (of early
+            stopping, say, or of a plateau) has to be one that every evaluation has, of trained weights.
         options: of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
 
     Raises ValueError for another `evaluate`; when training begins ValueError for ``load_best_model_at_end``, which the
@@ -48,6 +49,7 @@ class SWACallback(TrainerCallback):
         self._trainer: Any  # its types do not know that training has prepared model and optimizer
         self._choice = evaluate
         self._options = options
+        self._evaluate_trained: Callable[..., dict[str, float]]  # the Trainer's own method
         self._is_evaluating = False
 
     def on_train_begin(
@@ -65,14 +67,21 @@ class SWACallback(TrainerCallback):
                 "SWACallback needs load_best_model_at_end=False, got True; at the end the average goes into the model"
             )
         length = {"max_duration": f"{state.max_steps}ba", "steps_per_epoch": _steps_per_epoch(args, **kwargs)}
+        best = str(args.metric_for_best_model or "")
+        if best and (self._choice == "averaged" or best.removeprefix("eval_").startswith("swa_")):
+            raise ValueError(
+                "SWACallback needs a metric_for_best_model that every evaluation has, got metric_for_best_model="
+                f"{best!r} with evaluate={self._choice!r}; take one of trained weights, and evaluate='both'"
+            )
         self.swa = prepare_swa(
             self._trainer.accelerator, self._trainer.model_wrapped, self._trainer.optimizer, **(length | self._options)
         )
         if units := sorted(self.swa.schedule.units & {"sp", "tok"}):
             raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
-        if checkpoint is not None:
-            self.swa.load(Path(checkpoint, "dist_swa"))
+        if checkpoint is not None and not self.swa.load(Path(checkpoint, "dist_swa")):
+            self.swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
         if self._choice != "trained":
+            self._evaluate_trained = self._trainer.evaluate
             self._trainer.evaluate = self._evaluate  # no event comes before an evaluation
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -89,16 +98,11 @@ class SWACallback(TrainerCallback):
         self._detach()
         self.swa.finalize(self._batches())
 
-    def _evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> dict[str, float]:
-        """``Trainer.evaluate``, of the weights that were asked for."""
+    def _evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """``Trainer.evaluate``, or what overrides it, of the weights that were asked for."""
 
         def evaluate(prefix: str) -> dict[str, float]:
-            metrics: dict[str, float] = type(self._trainer).evaluate(
-                self._trainer, eval_dataset, ignore_keys, prefix, **kwargs
-            )
-            return metrics
+            return self._evaluate_trained(*args, metric_key_prefix=prefix, **kwargs)
 
         if self._is_evaluating or not self.swa.started or self.swa.completed:
             return evaluate(metric_key_prefix)
@@ -115,7 +119,10 @@ class SWACallback(TrainerCallback):
         yield from self._trainer.get_train_dataloader()  # a new one: the loader of the run has a place in its epoch
 
     def _detach(self) -> None:
-        vars(self._trainer).pop("evaluate", None)
+        if vars(self._trainer).get("evaluate") == self._evaluate:
+            del self._trainer.evaluate
+            if self._trainer.evaluate != self._evaluate_trained:  # it was put there, too
+                self._trainer.evaluate = self._evaluate_trained
         if hasattr(self, "swa"):
             self.swa.detach()
 

@@ -9,8 +9,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import composer.algorithms
@@ -356,6 +358,49 @@ def test_a_checkpoint_of_composers_own_swa_warns(tmp_path: Path) -> None:
         it.fit()
     assert swa.swa is not None
     assert swa.swa.num_averaged == (EPOCHS - 1) * STEPS
+    assert swa.swa.schedule.now.batches == EPOCHS * STEPS
+
+
+def test_several_fits_are_composers() -> None:
+    """An end that has not come leaves the model alone; it comes in the second."""
+    seen = []
+    for build in (composers_own, SWA):
+        model = Model()
+        swa = build(swa_start="1ep", swa_end="3ep", update_interval="1ep")
+        it = trainer(model, [swa], max_duration=None)
+        with pytest.warns(UserWarning, match="swa_end=3ep has not come in 16 steps") if build is SWA else nullcontext():
+            it.fit(duration="2ep")
+        seen.append([read(model.net), look_at(swa)[:2]])
+        it.fit(duration="2ep")
+        seen[-1] += [read(model.net), look_at(swa)[:2]]
+    assert seen[0][1] == seen[1][1] == (2, False)
+    assert seen[0][3] == seen[1][3] == (3, True)
+    torch.testing.assert_close(seen[0], seen[1], rtol=2e-6, atol=2e-7)
+
+
+def test_a_run_goes_on_after_its_end(tmp_path: Path) -> None:
+    model, swa, states = Model(), SWA(swa_start="1ba", swa_end=None, update_interval="1ba"), []
+    watch = Watch([Event.BATCH_END], lambda: states.append(read(model.net)))
+    it = trainer(model, [swa], watch, max_duration="1ep")
+    it.fit()
+    path = it.save_checkpoint(str(tmp_path / "ended.pt"))
+    it.fit(duration="1ep")
+    longer = SWA(swa_start="1ba", swa_end=None, update_interval="1ba")
+    resumed = Model()
+    trainer(resumed, [longer], max_duration="2ep", load_path=path).fit()
+    for swa_of, model_of in ((swa, model), (longer, resumed)):
+        assert swa_of.swa is not None
+        assert (swa_of.swa.num_averaged, swa_of.swa.completed) == (2 * STEPS, True)
+        expected = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+        torch.testing.assert_close(read(model_of.net), expected)
+
+
+def test_what_composer_shards_is_refused() -> None:
+    for name in ("_fsdp_config", "tp_config"):
+        it = trainer(Model(), [SWA()])
+        setattr(it.state, name, SimpleNamespace())
+        with pytest.raises(ValueError, match="needs a model in DDP or one process, got parallelism_config"):
+            SWA().apply(Event.FIT_START, it.state, None)
 
 
 def test_a_second_one_is_refused() -> None:
