@@ -220,7 +220,7 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, default=0.1, help="learning rate of SGD, constant")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the data and the wrong labels")
     add("--swa-start", default="0.7dur", metavar="TIME", help='when averaging starts, as "0.7dur", "20ep", "500ba"')
-    add("--checkpoint-dir", type=Path, metavar="DIR", help="save checkpoints here, and resume from the latest one")
+    add("--checkpoint-dir", type=Path, metavar="DIR", help="save checkpoints here; resume the last, of equal epochs")
     add("--checkpoint-every", type=int, default=5, metavar="EPOCHS", help="epochs from one checkpoint to the next")
     add("--plot", type=Path, default=Path("outputs/digits_swa.png"), metavar="PATH", help="picture of the accuracy")
     add("--json", type=Path, metavar="PATH", help="write the table and its rows for every epoch here")

@@ -61,12 +61,23 @@ def test_the_lines_of_use_run(tmp_path: Path) -> None:
 
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     loader = [(torch.randn(8, 4), torch.zeros(8)) for _ in range(5)]
-    names: dict[str, Any] = {"torch": torch, "dcp": checkpoint, "fully_shard": fully_shard, "folder": tmp_path}
-    names = run_block("from dist_swa import SWA", left_out, model=model, loader=loader, evaluate=evaluate, **names)
+    names: dict[str, Any] = {"model": model, "loader": loader, "evaluate": evaluate, "folder": tmp_path}
+    names = run_block("import torch\n", left_out, **names)
     assert names["swa"].num_averaged == 7  # from batch 14 of 20 on
     assert names["swa"].completed
     assert len(looks) == 2
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@on_ranks(2)
+def test_the_lines_for_a_folder_run(tmp_path: Path) -> None:
+    swa = SWA(nn.Linear(2, 2), swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    for found in (None, 0):
+        folder = {'"checkpoints"': repr(str(tmp_path)), "step or 0": "0 if step is None else 1"}
+        names = run_block("from dist_swa.checkpoint", folder, state={"swa": swa})
+        assert names["step"] == found
+        names.pop("folder")  # which holds a lock
 
 
 @on_ranks(2)
