@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_swa import checkpoint
-from dist_swa.checkpoint.source import averages_in, entries_in, open_reader
+from dist_swa.checkpoint.source import averages_in, entries_in, names_in, open_reader
 from dist_swa.rules import EMA, DecayShaped, Equal, Polynomial, Rule
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -84,7 +84,7 @@ def _facts(path: str) -> dict[str, Any]:
         tensors = {n.removeprefix(part): n for part in parts for n in reader.keys if n.startswith(part)}
         entries.append(_entry(reader, key, tensors.values(), **of_average))
     for key in entries_in(reader, averages):
-        entries.append(_entry(reader, key, [name for name in reader.keys if name.startswith(f"{key}.")]))
+        entries.append(_entry(reader, key, names_in(reader, key).values()))
     return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}
 
 
@@ -146,11 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("sources", nargs="+", metavar="source", help="checkpoints or safetensors")
         command.add_argument("--out", required=True, help="a new folder, or a new .safetensors file")
     for command in (export, merge, synthesize):
-        command.add_argument("--key", help='the entry of a checkpoint, as "swa" or "model"; default: the only average')
+        command.add_argument("--key", help=_KEY)
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
+_KEY = """the entry of a checkpoint, as "swa" or "model", or "", what stands at its top level; default: the only
+average, or, where there is nothing else, the top level"""
 _RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
 
 
@@ -171,7 +173,7 @@ def _numbers(text: str) -> list[float]:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
-    return "-" if value is None else str(value)
+    return "-" if value is None else str(value) or '""'
 
 
 def _say(text: str) -> None:

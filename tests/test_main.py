@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,19 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2].split() == ["average.swa", "Equal()", "4", "6", "13", "122", "float32,", "int64"]
     assert lines[4].split()[:4] == ["average.wide", "PowerEMA(sigma_rel=0.1)", "4", "6"]
     assert lines[5].split() == ["model", "-", "-", "-", "15", "150", "float32,", "int64"]
+
+
+def test_inspect_shows_what_stands_at_the_top_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat: dict[str, Any] = {"w": torch.ones(2), "0.weight": torch.ones(3)}
+    checkpoint.save(flat, tmp_path / "flat")
+    checkpoint.save({"model": flat, "step": torch.tensor(3)}, tmp_path / "mixed")
+    row = ["-", "-", "-"]
+    for name, rows in (
+        ("flat", [['""', *row, "2", "5", "float32"]]),
+        ("mixed", [['""', *row, "1", "1", "int64"], ["model", *row, "2", "5", "float32"]]),
+    ):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == rows
 
 
 def test_inspect_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa import EMA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, Window, checkpoint
 from dist_swa.checkpoint import safetensors_files
+from dist_swa.checkpoint.storage import no_group_is_fine
 from dist_swa.rules import Rule
 from models import build, same_bits, trajectory, wrap, write
 from ranks import run_on_ranks
@@ -157,6 +159,32 @@ def test_reads_and_writes_both(tmp_path: Path, kinds: str, out: str) -> None:
         state = {"model": {name: torch.zeros_like(value) for name, value in values[0].items()}}
         checkpoint.load(state, tmp_path / out)
         assert same_bits(state["model"], loaded(tmp_path / out))
+
+
+@pytest.mark.filterwarnings("ignore:.* tensors only. left out epoch")
+def test_a_checkpoint_whose_top_level_is_the_model(tmp_path: Path) -> None:
+    """As plain dcp.save makes one of ``model.state_dict()``, DDP's too; names have dots, and one is "model"."""
+    values = [{f"{part}.w": torch.full((2,), float(i)) for part in ("0", "model")} for i in range(2)]
+    values = [{"w": torch.ones(1), "seen": torch.tensor(i), **state} for i, state in enumerate(values)]
+    average = {**values[1], "0.w": torch.full((2,), 0.5), "model.w": torch.full((2,), 0.5)}
+    for i, state in enumerate(values):
+        for prefix in ("", "module."):
+            renamed: dict[str, Any] = {f"{prefix}{name}": value for name, value in state.items()}
+            with no_group_is_fine():
+                dcp_save(renamed, checkpoint_id=tmp_path / f"{prefix}{i}")
+        checkpoint.save({"net": {"w": torch.zeros(1)}, "epoch": 3, **state}, tmp_path / f"mixed{i}")
+    cases: list[tuple[str, str | None]] = [("", None), ("", ""), ("module.", None), ("mixed", "")]
+    for i, (prefix, key) in enumerate(cases):
+        paths = [tmp_path / f"{prefix}{number}" for number in range(2)]
+        checkpoint.merge(paths, tmp_path / f"out{i}", key=key)
+        checkpoint.export(paths[1], tmp_path / f"out{i}.safetensors", key=key)
+        assert same_bits(loaded(tmp_path / f"out{i}"), average), (prefix, key)
+        assert same_bits(loaded(tmp_path / f"out{i}.safetensors"), values[1])
+    checkpoint.merge([tmp_path / "0"], tmp_path / "part", key="model")  # the names below it, as before
+    assert same_bits(loaded(tmp_path / "part"), {"w": values[0]["model.w"]})
+    for path, key in (("mixed0", None), ("0", "epoch")):
+        with pytest.raises(ValueError, match=rf"the key of an entry, got {key=} for .*; pass one of \"\"(, net)?$"):
+            checkpoint.merge([tmp_path / path], tmp_path / "none", key=key)
 
 
 def test_one_source_keeps_its_bits(tmp_path: Path) -> None:

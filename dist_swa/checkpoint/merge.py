@@ -44,7 +44,7 @@ def merge(
     not floating come from the last source. BatchNorm statistics are averaged, too: `recalibrate_batch_norm` is better.
 
     Args:
-        key: the entry of each checkpoint, as in `export`; "model" merges trained weights. Safetensors have none.
+        key: the entry of each checkpoint, as in `export`; "model" or "" merges trained weights. Safetensors have none.
         rule: how much each source weighs, by its place among them; arXiv:2507.17634 is ``DecayShaped(shape,
             total=len(sources))``. Not an EMA with a half-life.
         weights: what each source weighs, instead of a rule; negative ones warn.
