@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +136,46 @@ def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> N
     checkpoint.merge(paths, tmp_path / "window.safetensors", rule=Window(2))
     checkpoint.merge(paths, tmp_path / "weights.safetensors", weights=[0, 1, 1])
     assert all(loaded(tmp_path / f"{name}.safetensors")["x"] == 2 for name in ("window", "weights"))
+
+
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_large_weights_of_a_small_sum_are_no_rounding(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([number], dtype=torch.float64)} for number in (1.0, 3.0)]
+    paths = saved(tmp_path, values, "s")
+    checkpoint.merge(paths, tmp_path / "divided.safetensors", weights=[1e9, 1 - 1e9])
+    checkpoint.merge(paths, tmp_path / "as given.safetensors", weights=[1e20, -1e20], normalize=False)
+    assert loaded(tmp_path / "divided.safetensors")["x"] == 3 - 2e9
+    assert loaded(tmp_path / "as given.safetensors")["x"] == -2e20
+
+
+def test_what_the_dtype_cannot_hold_raises(tmp_path: Path) -> None:
+    """But what a source has of infinity and NaN stays."""
+    for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        largest = torch.finfo(dtype).max
+        values = [{"x": torch.tensor([1.0, number]).to(dtype)} for number in (largest, largest, torch.nan, torch.inf)]
+        paths = saved(tmp_path, values, "sc")
+        for out in ("out", "out.safetensors"):
+            message = rf"{dtype} can hold, got {2 * largest:g} in x; choose smaller".replace("+", r"\+")
+            with pytest.raises(ValueError, match=message):
+                checkpoint.merge(paths[:2], tmp_path / out, key="model", weights=[1, 1], normalize=False)
+            assert not (tmp_path / out).exists()
+        checkpoint.merge([*paths[:2], paths[0]], tmp_path / "thirds.safetensors", key="model")
+        assert loaded(tmp_path / "thirds.safetensors")["x"].float()[1] == largest
+        checkpoint.merge([paths[0], paths[2]], tmp_path / f"{dtype}.safetensors", key="model")
+        if dtype == torch.float16:
+            checkpoint.merge([paths[0], paths[3]], tmp_path / "inf.safetensors", key="model")
+            assert loaded(tmp_path / "inf.safetensors")["x"][1] == torch.inf
+        found = loaded(tmp_path / f"{dtype}.safetensors")["x"].float()
+        assert found[0] == 1
+        assert found[1].isnan()
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_weights_that_cancel_but_for_rounding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs weights whose sum is not 0, got weights=\[0.1, 0.2, -0.3\]; pass"):
+        checkpoint.merge(saved(tmp_path, states(3), "s"), tmp_path / "out", weights=[0.1, 0.2, -0.3])
 
 
 def test_negative_weights_warn(tmp_path: Path) -> None:
@@ -323,6 +364,15 @@ def test_the_first_difference_is_named(
         ({"weights": [1, float("nan")]}, ValueError, r"needs a finite weight for each of 2 sources"),
         ({"weights": [0, 0], "normalize": False}, ValueError, r"needs weights whose sum is not 0"),
         ({"weights": [0, 0]}, ValueError, r"needs weights whose sum is not 0, got weights=\[0, 0\]"),
+        (
+            {"weights": [1e308, 1e308]},
+            ValueError,
+            r"finite weight for each of 2 .*; pass as many, of a finite sum",
+        ),
+        ({"weights": [1, 10**400]}, ValueError, r"needs a finite weight for each of 2 sources"),
+        ({"weights": ["1", "2"]}, TypeError, r"needs a list of numbers, got weights=\['1', '2'\]; pass a float"),
+        ({"weights": 5}, TypeError, r"needs a list of numbers, got weights=5; pass a float for each source"),
+        ({"weights": (weight for weight in (1, 2))}, TypeError, r"needs a list of numbers, got weights=<generator"),
         ({"weights": [1, 1], "rule": EMA(decay=0.5)}, ValueError, r"needs a rule or weights, got rule=EMA"),
         (
             {"rule": EMA(half_life="3ba")},
