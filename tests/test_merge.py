@@ -414,7 +414,10 @@ def test_damaged_safetensors(tmp_path: Path, name: str, content: Callable[[bytes
         ({"a": "missing.safetensors"}, r"need all files of the folder, got none at .*missing.safetensors"),
         ({"a": "0.safetensors", "z": "0.safetensors"}, r"got none of z"),
         ({"a": "0.safetensors", "b": "1.safetensors"}, r"need each tensor once, got b again in .*0.safetensors"),
+        ({"a": ""}, r"index as it was written, got .*: a file outside of the folder"),
+        ({"a": ".."}, r"index as it was written, got .*: a file outside of the folder"),
         ([], r"index as it was written"),
+        ("deep", r"index as it was written, got .*index.json: .*recursion"),
     ],
 )
 def test_damaged_index(tmp_path: Path, index: Any, message: str) -> None:
@@ -422,7 +425,8 @@ def test_damaged_index(tmp_path: Path, index: Any, message: str) -> None:
     folder.mkdir()
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, folder / "0.safetensors")
     save_file({"b": torch.ones(1)}, folder / "1.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    text = "[" * 100_000 if index == "deep" else json.dumps({"weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.merge([folder], tmp_path / "out")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dist_swa.agreement import all_raise, place_in
 from dist_swa.checkpoint.conversion import converted
-from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, files_of, write_safetensors
+from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, check_new, files_of, write_safetensors
 from dist_swa.checkpoint.source import MODEL, Source, open_source
 from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
 from dist_swa.checkpoint.writer import CheckpointWriter
@@ -165,6 +165,8 @@ def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
     """Write a checkpoint with the entry "model", of which each rank reads and writes every so many-th tensor."""
+    with all_raise():
+        check_new(out)
     rank, ranks = place_in(None)
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}

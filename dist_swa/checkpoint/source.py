@@ -227,7 +227,7 @@ def _bytes(reader: CheckpointReader, key: str) -> bytes:
 def _names(reader: CheckpointReader, key: str) -> list[str]:
     try:
         names = json.loads(_bytes(reader, key))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _odd(reader, key) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _odd(reader, key)
