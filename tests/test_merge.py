@@ -415,6 +415,7 @@ def test_damaged_safetensors(tmp_path: Path, name: str, content: Callable[[bytes
         ({"a": "0.safetensors", "z": "0.safetensors"}, r"got none of z"),
         ({"a": "0.safetensors", "b": "1.safetensors"}, r"need each tensor once, got b again in .*0.safetensors"),
         ({"a": ""}, r"index as it was written, got .*: a file outside of the folder"),
+        ({"a": "folder"}, r"need a file as it was written, got .*folder: .*; restore it"),
         ({"a": ".."}, r"index as it was written, got .*: a file outside of the folder"),
         ([], r"index as it was written"),
         ("deep", r"index as it was written, got .*index.json: .*recursion"),
@@ -422,7 +423,7 @@ def test_damaged_safetensors(tmp_path: Path, name: str, content: Callable[[bytes
 )
 def test_damaged_index(tmp_path: Path, index: Any, message: str) -> None:
     folder = tmp_path / "sources"
-    folder.mkdir()
+    (folder / "folder").mkdir(parents=True)
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, folder / "0.safetensors")
     save_file({"b": torch.ones(1)}, folder / "1.safetensors")
     text = "[" * 100_000 if index == "deep" else json.dumps({"weight_map": index})

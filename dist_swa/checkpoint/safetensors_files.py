@@ -186,7 +186,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield tensors
     except FileNotFoundError as error:
         raise CheckpointError(f"safetensors need all files of the folder, got none at {path}; restore it") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"safetensors need a file as it was written, got {path}: {error}; restore it") from error
 
 
