@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 Elapsed = float | Mapping[str, float] | None
 """Training since the last update: a number in the unit of the rule, or ``{"ba": 1, "tok": 4096}``."""
@@ -67,7 +67,7 @@ class Polynomial(Rule):
     eta: float
 
     def __post_init__(self) -> None:
-        _require_number("Polynomial", eta=self.eta)
+        _require_number(self, "eta")
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"Polynomial needs a finite eta >= 0, got eta={self.eta}; eta=0 weighs all models alike")
 
@@ -95,7 +95,7 @@ class EMA(Rule):
                 f"EMA needs either decay or half_life, got decay={self.decay}, half_life={self.half_life!r}; give one"
             )
         if self.decay is not None:
-            _require_number("EMA", decay=self.decay)
+            _require_number(self, "decay")
             if not 0 <= self.decay < 1:
                 raise ValueError(f"EMA needs decay in [0, 1), got decay={self.decay}; 0.999 is a usual value")
         if self.half_life is not None:
@@ -139,7 +139,7 @@ class PowerEMA(Rule):
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        _require_number("PowerEMA", sigma_rel=self.sigma_rel)
+        _require_number(self, "sigma_rel")
         if not 0 < self.sigma_rel < 12**-0.5:
             raise ValueError(
                 f"PowerEMA needs sigma_rel in (0, 0.2886), got sigma_rel={self.sigma_rel}; 0.05 and 0.10 are usual"
@@ -180,7 +180,7 @@ class DecayShaped(Rule):
     def __post_init__(self) -> None:
         if self.shape not in list(_DECAYS):
             raise ValueError(f"DecayShaped needs a shape of {', '.join(_DECAYS)}, got shape={self.shape!r}; choose one")
-        _require_count("DecayShaped", total=self.total)
+        _require_count(self, "total")
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
         if n > self.total:
@@ -200,7 +200,7 @@ class Window(Rule):
     size: int
 
     def __post_init__(self) -> None:
-        _require_count("Window", size=self.size)
+        _require_count(self, "size")
 
     @property
     def num_slots(self) -> int:
@@ -214,18 +214,24 @@ class Window(Rule):
         return [0.0] * (num_models - used) + [1 / used] * used
 
 
-def _require_number(rule: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{rule} needs a number, got {name}={value!r}; pass a float")
+def _require_number(rule: Rule, name: str) -> None:
+    """Make a plain float or int of the argument, whose text is saved; TypeError unless it is a number."""
+    value = getattr(rule, name)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{type(rule).__name__} needs a number, got {name}={value!r}; pass a float")
+    object.__setattr__(rule, name, int(value) if isinstance(value, Integral) else float(value))
 
 
-def _require_count(rule: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{rule} needs a whole number of models, got {name}={value!r}; pass an int")
-        if value < 1:
-            raise ValueError(f"{rule} needs at least one model, got {name}={value}; pass how many it averages")
+def _require_count(rule: Rule, name: str) -> None:
+    """Make a plain int of the argument; TypeError or ValueError unless it is a number of models."""
+    value = getattr(rule, name)
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{type(rule).__name__} needs a whole number of models, got {name}={value!r}; pass an int")
+    if value < 1:
+        raise ValueError(
+            f"{type(rule).__name__} needs at least one model, got {name}={value}; pass how many it averages"
+        )
+    object.__setattr__(rule, name, int(value))
 
 
 def _in_unit(elapsed: Elapsed, unit: str) -> float:

@@ -193,6 +193,28 @@ def test_dtype_is_of_all_that_is_floating(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
+def test_dtypes_of_8_bits(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        write(model, {"weight": torch.tensor([[0.3, 400.0]])})
+        average = ShardedAverage(model)
+        average.update()
+        checkpoint.save({"swa": average}, tmp_path / f"{dtype}")
+        for source in (average, tmp_path / f"{dtype}"):
+            out = tmp_path / f"{type(source).__name__} {dtype}.safetensors"
+            checkpoint.export(source, out, dtype=dtype)
+            expected = torch.tensor([[0.3, 400.0]]).to(dtype)
+            assert torch.equal(load_file(out)["weight"].float(), expected.float())
+            checkpoint.export(out, tmp_path / f"wide {out.name}", dtype=torch.float32)
+            assert torch.equal(load_file(tmp_path / f"wide {out.name}")["weight"], expected.float())
+        write(model, {"weight": torch.tensor([[0.3, -1e6]])})
+        average = ShardedAverage(model)
+        average.update()
+        with pytest.raises(ValueError, match=rf"{dtype} can hold, got 1e\+06 in weight; choose torch.bfloat16"):
+            checkpoint.export(average, tmp_path / "none", dtype=dtype)
+    assert not (tmp_path / "none").exists()
+
+
 def many_files(folder: Path) -> None:
     safetensors_files._MAX_FILE_BYTES = 200
     model = wrap(build(), "fsdp2")

@@ -17,7 +17,7 @@ ORDER = [
     *("names", "rules", "schedule", "foreach", "agreement", "shards", "model", "track", "average"),
     *("moments", "norms", "forwards", "batch_norm", "lr", "swa"),
     *("checkpoint.metadata", "checkpoint.reader", "checkpoint.writer", "checkpoint.storage", "checkpoint.folder"),
-    *("checkpoint.safetensors_files", "checkpoint.source"),
+    *("checkpoint.conversion", "checkpoint.safetensors_files", "checkpoint.source"),
     *("checkpoint.export", "checkpoint.merge", "checkpoint.synthesize", "checkpoint.__init__"),
     *("__init__", "__main__", "integrations.accelerate", "integrations.one_file", "integrations"),
 ]

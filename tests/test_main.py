@@ -1,12 +1,15 @@
 """The command line does what the functions do, and says in one line what is wrong."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import dist_swa
 from dist_swa import EMA, SWA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, checkpoint
 from dist_swa.__main__ import _EXAMPLES, main
+from dist_swa.checkpoint.writer import CheckpointWriter
 from dist_swa.rules import Rule
 from models import build, same_bits, trajectory, write
 
@@ -47,6 +51,19 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2].split() == ["average.swa", "Equal()", "4", "6", "13", "122", "float32,", "int64"]
     assert lines[4].split()[:4] == ["average.wide", "PowerEMA(sigma_rel=0.1)", "4", "6"]
     assert lines[5].split() == ["model", "-", "-", "-", "15", "150", "float32,", "int64"]
+
+
+def test_inspect_shows_what_stands_at_the_top_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat: dict[str, Any] = {"w": torch.ones(2), "0.weight": torch.ones(3)}
+    checkpoint.save(flat, tmp_path / "flat")
+    checkpoint.save({"model": flat, "step": torch.tensor(3)}, tmp_path / "mixed")
+    row = ["-", "-", "-"]
+    for name, rows in (
+        ("flat", [['""', *row, "2", "5", "float32"]]),
+        ("mixed", [['""', *row, "1", "1", "int64"], ["model", *row, "2", "5", "float32"]]),
+    ):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == rows
 
 
 def test_inspect_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,9 +120,11 @@ def test_merge_by_a_rule(run: Path, tmp_path: Path, text: str, rule: Rule) -> No
 
 def test_merge_by_weights(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     paths, out = [step(run, i) for i in (2, 4)], str(tmp_path / "out.safetensors")
-    assert main(["merge", *paths, "--out", out, "--key", "model", "--weights=-1,3", "--no-normalize", "--quiet"]) == 0
-    said = capfd.readouterr().err
-    assert said == "dist-swa: warning: negative weights move away from a source: weights=[-1.0, 3.0]\n"
+    for weights in (["--weights=-1,3"], ["--weights", "-1,3"]):
+        Path(out).unlink(missing_ok=True)
+        assert main(["merge", *paths, *weights, "--out", out, "--key", "model", "--no-normalize", "--quiet"]) == 0
+        said = capfd.readouterr().err
+        assert said == "dist-swa: warning: negative weights move away from a source: weights=[-1.0, 3.0]\n"
     with pytest.warns(UserWarning, match="negative"):
         checkpoint.merge(paths, tmp_path / "same.safetensors", key="model", weights=[-1, 3], normalize=False)
     assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
@@ -151,6 +170,17 @@ def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.Ca
         ),
         (["merge", "STEP", "--out", "OUT", "--rule", "equal", "--weights", "1"], 2, "not allowed with argument --rule"),
         (["merge", "STEP", "--out", "OUT", "--weights", "a"], 2, "argument --weights: invalid"),
+        (["merge", "STEP", "--out", "OUT", "--rule", ""], 2, "needs one of equal, polynomial:ETA, ema:DECAY, linear"),
+        (["merge", "STEP", "--out", "OUT", "--no-normalize"], 2, "--no-normalize needs --weights, got none; "),
+        (["merge", "STEP", "--out", "OUT", "--weights", "--quiet"], 2, "argument --weights: expected one argument"),
+        (["export", "STEP", ".", "--key", "model"], 1, "needs a path where nothing is yet, got .; choose another"),
+        (["export", "STEP", "", "--key", "model"], 1, "needs a path where nothing is yet, got .; choose another"),
+        (["merge", "STEP", "--out", "/", "--key", "model"], 1, "needs a path where nothing is yet, got /; choose"),
+        (["export", "STEP", "LINK", "--key", "model"], 1, "needs a path where nothing is yet, got"),
+        (["merge", "STEP", "--out", "LINK", "--key", "model"], 1, "needs a path where nothing is yet, got"),
+        (["merge", "STEP", "--out", "DANGLING", "--key", "model"], 1, "needs a path where nothing is yet, got"),
+        (["inspect", "no\x1b[31m\nwhere"], 1, r"got nothing at no\x1b[31m where"),
+        (["merge", "STEP", "--out", "OUT", "--no\x1b"], 2, r"unrecognized arguments: --no\x1b"),
         (["export", "STEP", "OUT", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
         (["explode"], 2, "invalid choice: 'explode'"),
         ([], 2, "the following arguments are required: command"),
@@ -160,6 +190,9 @@ def test_errors_are_one_line(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
     places = {"STEP": step(run, 6), "RUN": str(run), "OUT": str(tmp_path / "out")}
+    for place, name in (("LINK", "link.safetensors"), ("DANGLING", "link")):
+        places[place] = str(tmp_path / name)
+        Path(places[place]).symlink_to("nowhere")
     arguments = [places.get(argument, argument) for argument in arguments]
     if code == 2:
         with pytest.raises(SystemExit) as raised:
@@ -173,7 +206,60 @@ def test_errors_are_one_line(
     assert err.startswith("dist-swa")
     assert "error: " in err
     assert message in err
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "link.safetensors"]
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_an_interrupt_is_130_whatever_becomes_of_it(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_masked: bool
+) -> None:
+    def interrupted(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("enforce fail") if is_masked else error from None
+
+    monkeypatch.setattr(CheckpointWriter, "write_data", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["merge", step(run, 6), "--key", "model", "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save({"we\x1b[31mird\nkey": {"x": torch.ones(1)}, "größe": {"x": torch.ones(1)}}, tmp_path / "saved")
+    assert main(["inspect", str(tmp_path / "saved")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["größe", r"we\x1b[31mird\nkey"]
+
+
+@pytest.mark.parametrize("command", ["inspect STEP", "inspect STEP --json", "inspect no", "no", "inspect --help"])
+def test_only_the_first_rank_speaks(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    said = []
+    for rank in ("0", "1", "10"):
+        monkeypatch.setenv("RANK", rank)
+        with contextlib.suppress(SystemExit):
+            main(command.replace("STEP", step(run, 6)).split())
+        said.append("".join(capfd.readouterr()))
+    assert said[0]
+    assert said[1:] == ["", ""]
+
+
+def test_an_odd_environment_is_one_line(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for environment in ({"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "abc"}):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert main(["inspect", step(run, 6)]) == 1
+        err = capfd.readouterr().err
+        assert err.startswith("dist-swa: error: ")
+        assert "abc" in err
+        assert err.count("\n") == 1
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa import EMA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, Window, checkpoint
 from dist_swa.checkpoint import safetensors_files
+from dist_swa.checkpoint.storage import no_group_is_fine
 from dist_swa.rules import Rule
 from models import build, same_bits, trajectory, wrap, write
 from ranks import run_on_ranks
@@ -135,6 +138,46 @@ def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> N
     assert all(loaded(tmp_path / f"{name}.safetensors")["x"] == 2 for name in ("window", "weights"))
 
 
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_large_weights_of_a_small_sum_are_no_rounding(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([number], dtype=torch.float64)} for number in (1.0, 3.0)]
+    paths = saved(tmp_path, values, "s")
+    checkpoint.merge(paths, tmp_path / "divided.safetensors", weights=[1e9, 1 - 1e9])
+    checkpoint.merge(paths, tmp_path / "as given.safetensors", weights=[1e20, -1e20], normalize=False)
+    assert loaded(tmp_path / "divided.safetensors")["x"] == 3 - 2e9
+    assert loaded(tmp_path / "as given.safetensors")["x"] == -2e20
+
+
+def test_what_the_dtype_cannot_hold_raises(tmp_path: Path) -> None:
+    """But what a source has of infinity and NaN stays."""
+    for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        largest = torch.finfo(dtype).max
+        values = [{"x": torch.tensor([1.0, number]).to(dtype)} for number in (largest, largest, torch.nan, torch.inf)]
+        paths = saved(tmp_path, values, "sc")
+        for out in ("out", "out.safetensors"):
+            message = rf"{dtype} can hold, got {2 * largest:g} in x; choose smaller".replace("+", r"\+")
+            with pytest.raises(ValueError, match=message):
+                checkpoint.merge(paths[:2], tmp_path / out, key="model", weights=[1, 1], normalize=False)
+            assert not (tmp_path / out).exists()
+        checkpoint.merge([*paths[:2], paths[0]], tmp_path / "thirds.safetensors", key="model")
+        assert loaded(tmp_path / "thirds.safetensors")["x"].float()[1] == largest
+        checkpoint.merge([paths[0], paths[2]], tmp_path / f"{dtype}.safetensors", key="model")
+        if dtype == torch.float16:
+            checkpoint.merge([paths[0], paths[3]], tmp_path / "inf.safetensors", key="model")
+            assert loaded(tmp_path / "inf.safetensors")["x"][1] == torch.inf
+        found = loaded(tmp_path / f"{dtype}.safetensors")["x"].float()
+        assert found[0] == 1
+        assert found[1].isnan()
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_weights_that_cancel_but_for_rounding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs weights whose sum is not 0, got weights=\[0.1, 0.2, -0.3\]; pass"):
+        checkpoint.merge(saved(tmp_path, states(3), "s"), tmp_path / "out", weights=[0.1, 0.2, -0.3])
+
+
 def test_negative_weights_warn(tmp_path: Path) -> None:
     values = states(2)
     with pytest.warns(UserWarning, match=r"negative weights move away from a source: weights=\[-0.5, 1.5\]"):
@@ -157,6 +200,32 @@ def test_reads_and_writes_both(tmp_path: Path, kinds: str, out: str) -> None:
         state = {"model": {name: torch.zeros_like(value) for name, value in values[0].items()}}
         checkpoint.load(state, tmp_path / out)
         assert same_bits(state["model"], loaded(tmp_path / out))
+
+
+@pytest.mark.filterwarnings("ignore:.* tensors only. left out epoch")
+def test_a_checkpoint_whose_top_level_is_the_model(tmp_path: Path) -> None:
+    """As plain dcp.save makes one of ``model.state_dict()``, DDP's too; names have dots, and one is "model"."""
+    values = [{f"{part}.w": torch.full((2,), float(i)) for part in ("0", "model")} for i in range(2)]
+    values = [{"w": torch.ones(1), "seen": torch.tensor(i), **state} for i, state in enumerate(values)]
+    average = {**values[1], "0.w": torch.full((2,), 0.5), "model.w": torch.full((2,), 0.5)}
+    for i, state in enumerate(values):
+        for prefix in ("", "module."):
+            renamed: dict[str, Any] = {f"{prefix}{name}": value for name, value in state.items()}
+            with no_group_is_fine():
+                dcp_save(renamed, checkpoint_id=tmp_path / f"{prefix}{i}")
+        checkpoint.save({"net": {"w": torch.zeros(1)}, "epoch": 3, **state}, tmp_path / f"mixed{i}")
+    cases: list[tuple[str, str | None]] = [("", None), ("", ""), ("module.", None), ("mixed", "")]
+    for i, (prefix, key) in enumerate(cases):
+        paths = [tmp_path / f"{prefix}{number}" for number in range(2)]
+        checkpoint.merge(paths, tmp_path / f"out{i}", key=key)
+        checkpoint.export(paths[1], tmp_path / f"out{i}.safetensors", key=key)
+        assert same_bits(loaded(tmp_path / f"out{i}"), average), (prefix, key)
+        assert same_bits(loaded(tmp_path / f"out{i}.safetensors"), values[1])
+    checkpoint.merge([tmp_path / "0"], tmp_path / "part", key="model")  # the names below it, as before
+    assert same_bits(loaded(tmp_path / "part"), {"w": values[0]["model.w"]})
+    for path, key in (("mixed0", None), ("0", "epoch")):
+        with pytest.raises(ValueError, match=rf"the key of an entry, got {key=} for .*; pass one of \"\"(, net)?$"):
+            checkpoint.merge([tmp_path / path], tmp_path / "none", key=key)
 
 
 def test_one_source_keeps_its_bits(tmp_path: Path) -> None:
@@ -295,6 +364,15 @@ def test_the_first_difference_is_named(
         ({"weights": [1, float("nan")]}, ValueError, r"needs a finite weight for each of 2 sources"),
         ({"weights": [0, 0], "normalize": False}, ValueError, r"needs weights whose sum is not 0"),
         ({"weights": [0, 0]}, ValueError, r"needs weights whose sum is not 0, got weights=\[0, 0\]"),
+        (
+            {"weights": [1e308, 1e308]},
+            ValueError,
+            r"finite weight for each of 2 .*; pass as many, of a finite sum",
+        ),
+        ({"weights": [1, 10**400]}, ValueError, r"needs a finite weight for each of 2 sources"),
+        ({"weights": ["1", "2"]}, TypeError, r"needs a list of numbers, got weights=\['1', '2'\]; pass a float"),
+        ({"weights": 5}, TypeError, r"needs a list of numbers, got weights=5; pass a float for each source"),
+        ({"weights": (weight for weight in (1, 2))}, TypeError, r"needs a list of numbers, got weights=<generator"),
         ({"weights": [1, 1], "rule": EMA(decay=0.5)}, ValueError, r"needs a rule or weights, got rule=EMA"),
         (
             {"rule": EMA(half_life="3ba")},
@@ -336,15 +414,20 @@ def test_damaged_safetensors(tmp_path: Path, name: str, content: Callable[[bytes
         ({"a": "missing.safetensors"}, r"need all files of the folder, got none at .*missing.safetensors"),
         ({"a": "0.safetensors", "z": "0.safetensors"}, r"got none of z"),
         ({"a": "0.safetensors", "b": "1.safetensors"}, r"need each tensor once, got b again in .*0.safetensors"),
+        ({"a": ""}, r"index as it was written, got .*: a file outside of the folder"),
+        ({"a": "folder"}, r"need a file as it was written, got .*folder: .*; restore it"),
+        ({"a": ".."}, r"index as it was written, got .*: a file outside of the folder"),
         ([], r"index as it was written"),
+        ("deep", r"index as it was written, got .*index.json: .*recursion"),
     ],
 )
 def test_damaged_index(tmp_path: Path, index: Any, message: str) -> None:
     folder = tmp_path / "sources"
-    folder.mkdir()
+    (folder / "folder").mkdir(parents=True)
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, folder / "0.safetensors")
     save_file({"b": torch.ones(1)}, folder / "1.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    text = "[" * 100_000 if index == "deep" else json.dumps({"weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.merge([folder], tmp_path / "out")
 

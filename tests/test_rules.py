@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -283,6 +284,21 @@ def test_rules_print_what_was_given() -> None:
     assert str(Equal()) == "Equal()"
 
 
+def test_numbers_become_pythons() -> None:
+    """Their text is saved, and read again."""
+    cases: list[tuple[type[Rule], dict[str, Any]]] = [
+        (Polynomial, {"eta": np.float64(1.5)}),
+        (Polynomial, {"eta": np.int64(2)}),
+        (EMA, {"decay": np.float64(0.9)}),
+        (PowerEMA, {"sigma_rel": np.float32(0.125)}),
+        (DecayShaped, {"shape": "cosine", "total": np.int64(5)}),
+        (Window, {"size": np.int32(5)}),
+    ]
+    for rule, arguments in cases:
+        plain = rule(**{name: np.asarray(value).tolist() for name, value in arguments.items()})
+        assert str(rule(**arguments)) == str(plain)
+
+
 # Bad input
 
 
@@ -324,6 +340,7 @@ def test_bad_arguments(rule: type[Rule], arguments: dict[str, Any], message: str
     [
         (DecayShaped, {"shape": "linear", "total": 5.0}, "a whole number of models, got total=5.0; pass an int"),
         (Window, {"size": True}, "a whole number of models, got size=True; pass an int"),
+        (Window, {"size": np.float64(5)}, "a whole number of models, got size=np.float64(5.0); pass an int"),
         (Polynomial, {"eta": "1"}, "a number, got eta='1'; pass a float"),
         (EMA, {"decay": "0.9"}, "a number, got decay='0.9'; pass a float"),
         (PowerEMA, {"sigma_rel": True}, "a number, got sigma_rel=True; pass a float"),

@@ -169,3 +169,11 @@ def test_safetensors_know_of_no_rule(run: list[Path], tmp_path: Path) -> None:
     checkpoint.export(run[0], tmp_path / "x.safetensors", key="swa.wide")
     with pytest.raises(ValueError, match=r"needs averages by PowerEMA, got key=None and no average in .*x.safetensors"):
         checkpoint.synthesize([tmp_path / "x.safetensors"], tmp_path / "out", sigma_rel=0.1)
+
+
+def test_more_models_than_can_be_counted_are_refused(tmp_path: Path) -> None:
+    average = ShardedAverage(Walk(), PowerEMA(0.10))
+    average.update()
+    checkpoint.save({"swa": average.state_dict() | {"num_averaged": torch.tensor(10**13)}}, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"at most 100000000 models, got num_averaged=10000000000000 of swa in"):
+        checkpoint.synthesize([tmp_path / "saved"], tmp_path / "out", sigma_rel=0.1)

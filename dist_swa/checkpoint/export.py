@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.agreement import all_raise, place_in
 from dist_swa.average import ShardedAverage
+from dist_swa.checkpoint.conversion import converted
 from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, files_of, write_safetensors
 from dist_swa.checkpoint.source import open_source
 from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
@@ -45,7 +46,8 @@ def export(
         source: a live average: every rank calls, a collective. Or the path of a checkpoint, which needs no process
             group and no GPU; in a process group every rank calls, too, and they share the files among them.
         key: of a live source, the name of one of several averages. Of a path, the entry, as "swa", "swa.ema_long" or
-            "model"; the only average by default. Parameters that are not averaged come from the entry "model".
+            "model"; the only average by default. Parameters that are not averaged come from the entry "model". "" is
+            what stands at the top level, as in ``dcp.save(model.state_dict())``, and the default if there is no other.
         dtype: of all floating tensors, buffers included; default: parameters as they are averaged, others as they are.
             Complex tensors stay as they are.
         progress: whether the first rank shows a progress bar.
@@ -133,8 +135,8 @@ class _ConvertingPlanner(DefaultSavePlanner):
         self._dtype = dtype
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        converted = _converted(write_item.index.fqn, object.detach().cpu(), self._dtype)
-        return converted.clone(memory_format=torch.contiguous_format)
+        tensor = _converted(write_item.index.fqn, object.detach().cpu(), self._dtype)
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Pieces:
@@ -172,11 +174,7 @@ def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
-    converted = tensor.to(dtype)
-    if not torch.equal(converted.isfinite(), tensor.isfinite()):
-        largest = tensor.nan_to_num(0, 0, 0).abs().max()
-        raise ValueError(f"export needs values that {dtype} can hold, got {largest:g} in {name}; choose torch.bfloat16")
-    return converted
+    return converted(name, tensor, dtype, "choose torch.bfloat16")
 
 
 def _warn_of_skipped(names: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
 from dist_swa.agreement import all_raise, place_in
-from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, files_of, write_safetensors
+from dist_swa.checkpoint.conversion import converted
+from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, check_new, files_of, write_safetensors
 from dist_swa.checkpoint.source import MODEL, Source, open_source
 from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
 from dist_swa.checkpoint.writer import CheckpointWriter
@@ -44,7 +46,7 @@ def merge(
     not floating come from the last source. BatchNorm statistics are averaged, too: `recalibrate_batch_norm` is better.
 
     Args:
-        key: the entry of each checkpoint, as in `export`; "model" merges trained weights. Safetensors have none.
+        key: the entry of each checkpoint, as in `export`; "model" or "" merges trained weights. Safetensors have none.
         rule: how much each source weighs, by its place among them; arXiv:2507.17634 is ``DecayShaped(shape,
             total=len(sources))``. Not an EMA with a half-life.
         weights: what each source weighs, instead of a rule; negative ones warn.
@@ -82,14 +84,28 @@ def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, norma
         return rule.coefficients(count)
     if rule != Equal():
         raise ValueError(f"merge needs a rule or weights, got {rule=} and {weights=}; leave one out")
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"merge needs a finite weight for each of {count} sources, got {weights=}; pass as many")
-    if min(weights) < 0:
+    numbers = _finite(weights, count)
+    if min(numbers) < 0:
         warnings.warn(f"negative weights move away from a source: {weights=}", stacklevel=3)
-    total = math.fsum(weights) if normalize else 1.0
-    if total == 0 or not any(weights):
+    total = math.fsum(numbers) if normalize else 1.0
+    rounding = 4 * sys.float_info.epsilon * math.fsum(map(abs, numbers))
+    if not any(numbers) or (normalize and abs(total) <= rounding):
         raise ValueError(f"merge needs weights whose sum is not 0, got {weights=}; pass normalize=False, or others")
-    return [weight / total for weight in weights]
+    return [number / total for number in numbers]
+
+
+def _finite(weights: Sequence[float], count: int) -> list[float]:
+    """Return `count` plain floats, of a finite sum; TypeError or ValueError where `weights` are anything else."""
+    try:
+        if len(weights) == count and math.isfinite(math.fsum(map(abs, weights))):
+            return [float(weight) for weight in weights]
+    except TypeError as error:
+        raise TypeError(f"merge needs a list of numbers, got {weights=}; pass a float for each source") from error
+    except OverflowError:
+        pass
+    raise ValueError(
+        f"merge needs a finite weight for each of {count} sources, got {weights=}; pass as many, of a finite sum"
+    )
 
 
 def write_combination(sources: Sequence[Source], coefficients: Sequence[float], out: Path, progress: bool) -> None:
@@ -135,7 +151,7 @@ def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float
     for source, coefficient in zip(sources, coefficients, strict=True):
         if coefficient != 0:
             _add(total, source.read(name), coefficient)
-    result = total.to(dtype.to_real()).view(parts)
+    result = converted(name, total, dtype.to_real(), "choose smaller weights").view(parts)
     return torch.view_as_complex(result) if dtype.is_complex else result
 
 
@@ -149,6 +165,8 @@ def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
     """Write a checkpoint with the entry "model", of which each rank reads and writes every so many-th tensor."""
+    with all_raise():
+        check_new(out)
     rank, ranks = place_in(None)
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}

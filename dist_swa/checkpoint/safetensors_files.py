@@ -147,6 +147,12 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
     return {f"model-{i:05}-of-{len(parts):05}{SUFFIX}": part for i, part in enumerate(parts, start=1)}
 
 
+def check_new(out: Path) -> None:
+    """Raise FileExistsError unless nothing is at `out`, not even a link to nothing."""
+    if not out.name or os.path.lexists(out):  # no name: "/" and "."
+        raise FileExistsError(f"a new file or folder needs a path where nothing is yet, got {out}; choose another")
+
+
 @contextmanager
 def appearing(out: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
     """Give a hidden folder, which becomes `out` when the body has ended well on every rank. A collective.
@@ -154,13 +160,10 @@ def appearing(out: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
     Where `out` is a safetensors file, the only file in the folder becomes it. Raises FileExistsError where `out` is
     there already; what the body raises is raised on every rank, and nothing appears.
     """
-    partial, is_first = out.with_name(f".{out.name}{PARTIAL}"), place_in(group)[0] == 0
+    partial, is_first = out.parent / f".{out.name}{PARTIAL}", place_in(group)[0] == 0
     with all_raise(group):
         if is_first:
-            if out.exists():
-                raise FileExistsError(
-                    f"a new file or folder needs a path where nothing is yet, got {out}; choose another"
-                )
+            check_new(out)
             shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
             partial.mkdir(parents=True)
     try:
@@ -183,7 +186,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield tensors
     except FileNotFoundError as error:
         raise CheckpointError(f"safetensors need all files of the folder, got none at {path}; restore it") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"safetensors need a file as it was written, got {path}: {error}; restore it") from error
 
 
@@ -205,9 +208,9 @@ def _listed(folder: Path) -> dict[str, Path]:
         return {}
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        if not all(Path(name).name == name for name in weight_map.values()):
+        if not all(Path(name).name == name and name not in ("", "..") for name in weight_map.values()):
             raise ValueError("a file outside of the folder")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"safetensors need an index as it was written, got {path}: {error}; restore it"
         ) from error

@@ -17,6 +17,7 @@ from dist_swa.checkpoint.safetensors_files import INDEX, SUFFIX, SafetensorsRead
 from dist_swa.track import FORMAT_VERSION
 
 MODEL = "model"  # the entry that what is no average is taken from, and that a merged checkpoint has
+TOP_LEVEL = ""  # the entry of what stands in no other: all of ``dcp.save(model.state_dict())``
 Reader = CheckpointReader | SafetensorsReader
 
 
@@ -61,7 +62,7 @@ class Source:
         return total.div_(1 + len(others)) if others else total
 
     def __str__(self) -> str:
-        return f"{self.path}" if self.key is None else f"{self.key} in {self.path}"
+        return f"{self.key} in {self.path}" if self.key else f"{self.path}"
 
 
 def open_reader(path: str | Path) -> Reader:
@@ -82,20 +83,27 @@ def open_reader(path: str | Path) -> Reader:
 
 
 def open_source(path: str | Path, key: str | None = None) -> Source:
-    """Return the weights of the entry `key`: by default the only average. Safetensors have no entries, need no key."""
+    """Return the weights of the entry `key`, in which "" is what stands at the top level; safetensors need no key.
+
+    By default the only average; without averages and entries the top level, which is the model then.
+    """
     reader = open_reader(path)
     if isinstance(reader, SafetensorsReader):
         return Source(reader, None, {name: (name,) for name in reader.keys})
     averages = averages_in(reader)
-    if key is None and len(averages) == 1:
-        (key,) = averages
     entries = [*averages, *entries_in(reader, averages)]
-    if key not in entries:
-        raise ValueError(
-            f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}; pass one of"
-            f" {', '.join(entries) or 'none'}"
-        )
-    return _average(reader, key, averages[key]) if key in averages else _entry(reader, key)
+    if key is None and (len(averages) == 1 or entries == [TOP_LEVEL]):
+        key = entries[0]
+    if key in averages:
+        return _average(reader, key, averages[key])
+    if key is not None and key.partition(".")[0] not in _roots(averages):
+        source = Source(reader, key, {name: (stored,) for name, stored in names_in(reader, key).items()})
+        if source.specs:
+            return source
+    choice = ", ".join(entry or '""' for entry in entries) or "none"
+    raise ValueError(
+        f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}; pass one of {choice}"
+    )
 
 
 def averages_in(reader: CheckpointReader) -> dict[str, Average]:
@@ -119,10 +127,34 @@ def averages_in(reader: CheckpointReader) -> dict[str, Average]:
 
 
 def entries_in(reader: CheckpointReader, averages: Mapping[str, Average]) -> list[str]:
-    """Return the keys of the entries that hold tensors and are no averages."""
-    roots = {key.partition(".")[0] for key in averages}
-    tensors = (key for key in reader.keys if "." in key and reader.shape(key) is not None)
-    return sorted({key.partition(".")[0] for key in tensors} - roots)
+    """Return the keys of the entries that hold tensors and are no averages; `TOP_LEVEL` where tensors stand there."""
+    roots, top_level = _roots(averages), _top_level(reader)
+    tensors = [key for key in reader.keys if reader.shape(key) is not None and key.partition(".")[0] not in roots]
+    return sorted({TOP_LEVEL if key in top_level else key.partition(".")[0] for key in tensors})
+
+
+def _roots(averages: Mapping[str, Average]) -> set[str]:
+    return {key.partition(".")[0] for key in averages}
+
+
+def names_in(reader: CheckpointReader, entry: str) -> dict[str, str]:
+    """Return the keys of an entry by their names, without the prefix that a state dict of DDP has."""
+    names = _below(reader, entry) if entry != TOP_LEVEL else _top_level(reader)
+    if names and all(name.startswith("module.") for name in names):
+        return {name.removeprefix("module."): stored for name, stored in names.items()}
+    return names
+
+
+def _top_level(reader: CheckpointReader) -> dict[str, str]:
+    """Return the keys of the saved dict itself: whether "0.weight" is one, DCP's mappings tell, where it has them."""
+    mappings = reader.metadata.planner_data
+    paths = mappings if isinstance(mappings, dict) else {}
+
+    def is_here(key: str) -> bool:
+        path = paths.get(key)
+        return len(path) == 1 if isinstance(path, tuple) else "." not in key
+
+    return {key: key for key in reader.keys if is_here(key)}
 
 
 def _average(reader: CheckpointReader, key: str, average: Average) -> Source:
@@ -147,7 +179,7 @@ def _rest(
 ) -> dict[str, tuple[str, ...]]:
     """Return the parameters that are not averaged, frozen ones and unselected ones, which the model's entry has."""
     num_others = _number(reader, f"{key}.num_others")
-    model = _model_names(reader, MODEL)
+    model = names_in(reader, MODEL)
     others = model.keys() - known if known & model.keys() else set()
     rest: dict[str, tuple[str, ...]] = {name: (model[name],) for name in model if name in others}
     extra = {name: stored for name, stored in rest.items() if name.endswith("_extra_state")}
@@ -159,18 +191,6 @@ def _rest(
             f" as the entry {MODEL!r} as well, or export from the run"
         )
     return rest if num_others else extra
-
-
-def _entry(reader: CheckpointReader, key: str) -> Source:
-    return Source(reader, key, {name: (stored,) for name, stored in _model_names(reader, key).items()})
-
-
-def _model_names(reader: CheckpointReader, key: str) -> dict[str, str]:
-    """Return the keys below `key` by their names, without the prefix that a state dict of DDP has."""
-    names = _below(reader, key)
-    if names and all(name.startswith("module.") for name in names):
-        return {name.removeprefix("module."): stored for name, stored in names.items()}
-    return names
 
 
 def _below(reader: CheckpointReader, key: str) -> dict[str, str]:
@@ -207,7 +227,7 @@ def _bytes(reader: CheckpointReader, key: str) -> bytes:
 def _names(reader: CheckpointReader, key: str) -> list[str]:
     try:
         names = json.loads(_bytes(reader, key))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _odd(reader, key) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _odd(reader, key)

@@ -17,6 +17,7 @@ from dist_swa.checkpoint.source import Source, averages_in, open_reader, open_so
 from dist_swa.rules import PowerEMA
 
 _CHUNK_MODELS = 1 << 16  # models whose coefficients are held at a time
+_MAX_MODELS = 10**8  # more take minutes
 _REACH = 0.1  # the largest relative error of the coefficients of a synthesized average
 
 
@@ -39,7 +40,7 @@ def synthesize(
     sum to 1, in float64.
 
     Raises ValueError where the error is above 0.1: the averages are too few, or too far from `sigma_rel`; where there
-    is none by `PowerEMA`; and as `merge` does.
+    is none by `PowerEMA`, or one of more than 10**8 models; and as `merge` does.
     """
     with all_raise():
         target = PowerEMA(sigma_rel)
@@ -95,6 +96,11 @@ def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[i
     for name, average in averages.items():
         match = re.fullmatch(r"PowerEMA\(sigma_rel=([0-9.e-]+)\)", average.rule)
         if match and key in (None, name):
+            if average.num_averaged > _MAX_MODELS:
+                raise ValueError(
+                    f"synthesize needs averages of at most {_MAX_MODELS} models, got num_averaged="
+                    f"{average.num_averaged} of {name} in {path}; leave it out, or restore it where it is damaged"
+                )
             found.append((open_source(path, name), (average.num_averaged, PowerEMA(float(match[1])))))
     if not found:
         rules = ", ".join(f"{name} by {average.rule}" for name, average in averages.items()) or "no average"
