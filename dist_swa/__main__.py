@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _KEY = """the entry of a checkpoint, as "swa" or "model", or "", what stands at its top level; default: the only
-average, or, where there is nothing else, the top level"""
+average, or, without any, the only entry"""
 _RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
 
 

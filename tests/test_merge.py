@@ -221,6 +221,8 @@ def test_a_checkpoint_whose_top_level_is_the_model(tmp_path: Path) -> None:
         checkpoint.export(paths[1], tmp_path / f"out{i}.safetensors", key=key)
         assert same_bits(loaded(tmp_path / f"out{i}"), average), (prefix, key)
         assert same_bits(loaded(tmp_path / f"out{i}.safetensors"), values[1])
+    checkpoint.export(tmp_path / "out0", tmp_path / "again.safetensors")  # its only entry
+    assert same_bits(loaded(tmp_path / "again.safetensors"), average)
     checkpoint.merge([tmp_path / "0"], tmp_path / "part", key="model")  # the names below it, as before
     assert same_bits(loaded(tmp_path / "part"), {"w": values[0]["model.w"]})
     for path, key in (("mixed0", None), ("0", "epoch")):

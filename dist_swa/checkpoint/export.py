@@ -46,8 +46,8 @@ def export(
         source: a live average: every rank calls, a collective. Or the path of a checkpoint, which needs no process
             group and no GPU; in a process group every rank calls, too, and they share the files among them.
         key: of a live source, the name of one of several averages. Of a path, the entry, as "swa", "swa.ema_long" or
-            "model"; the only average by default. Parameters that are not averaged come from the entry "model". "" is
-            what stands at the top level, as in ``dcp.save(model.state_dict())``, and the default if there is no other.
+            "model"; by default the only average, or, without any, the only entry. "" is what stands at the top level,
+            as in ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
         dtype: of all floating tensors, buffers included; default: parameters as they are averaged, others as they are.
             Complex tensors stay as they are.
         progress: whether the first rank shows a progress bar.

@@ -85,14 +85,14 @@ def open_reader(path: str | Path) -> Reader:
 def open_source(path: str | Path, key: str | None = None) -> Source:
     """Return the weights of the entry `key`, in which "" is what stands at the top level; safetensors need no key.
 
-    By default the only average; without averages and entries the top level, which is the model then.
+    By default the only average, or, without any, the only entry.
     """
     reader = open_reader(path)
     if isinstance(reader, SafetensorsReader):
         return Source(reader, None, {name: (name,) for name in reader.keys})
     averages = averages_in(reader)
     entries = [*averages, *entries_in(reader, averages)]
-    if key is None and (len(averages) == 1 or entries == [TOP_LEVEL]):
+    if key is None and 1 in (len(averages), len(entries)):
         key = entries[0]
     if key in averages:
         return _average(reader, key, averages[key])
