@@ -1,5 +1,8 @@
 """Checkpoints load anywhere, damaged ones nowhere, and none of them runs code."""
 
+import argparse
+import copy
+import datetime
 import hashlib
 import io
 import os
@@ -8,10 +11,12 @@ import random
 import resource
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -370,10 +375,12 @@ def test_what_is_no_metadata_is_refused(tmp_path: Path, content: bytes, message:
         checkpoint.open_checkpoint(tmp_path / "checkpoint")
 
 
-def test_entries_run_no_code(tmp_path: Path) -> None:
+def test_entries_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither those that are no tensors, nor a tensor's place in a file, which `.metadata` may have moved."""
     folder, marker, training = tmp_path / "checkpoint", tmp_path / "code_ran", Training(models=1)
-    checkpoint.save(training.state() | {"evil": Touch(marker)}, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.storage, "_is_readable", lambda _: True)
+        checkpoint.save(training.state() | {"evil": Touch(marker)}, folder)
     before = training.values()
     state = training.state() | {"evil": 0}
     with pytest.raises(checkpoint.CheckpointError, match=r"__0_0\.distcp: it holds other than tensors and"):
@@ -561,6 +568,49 @@ def misfits(folder: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     run_on_ranks(misfits, 2, tmp_path)
+
+
+# --- States that could not be loaded again
+
+
+def save_what_no_load_takes(folder: Path) -> None:
+    rank = dist.get_rank()
+    inner = ShardedAverage(nn.Linear(1, 1))
+    for value, key in (
+        ({"v": np.ones(3)}, "v=ndarray"),
+        ({"v": {"w": np.float64(0.5)}}, "v.w=float64"),
+        ({"v": [torch.ones(2), {"w": Path("x")}]}, "v.1.w=PosixPath"),
+        ({"v": (1, Path("x"))}, "v=tuple"),
+        ({"v": datetime.datetime(2000, 1, 1)}, "v=datetime"),
+        ({"v": argparse.Namespace(a=1)}, "v=Namespace"),
+        ({"v": lambda: None}, "v=function"),
+        ({"v": {"inner": inner}}, "v.inner=ShardedAverage"),
+        ({"v": Path("x") if rank == 1 else 1}, "v=PosixPath"),  # on one rank only
+    ):
+        for save in (checkpoint.save, checkpoint.storage.save_async):
+            with pytest.raises(TypeError, match=rf"save needs tensors and values .*weights_only=True, got {key}; "):
+                save({"x": torch.ones(2), **value}, folder / "a")
+    for function in (checkpoint.save, checkpoint.storage.save_async, checkpoint.load):
+        for state in (None, [1], torch.ones(1)):
+            message = f"a checkpoint needs a state dict, got state={type(state).__name__}; pass a dict"
+            with pytest.raises(TypeError, match=message):
+                function(state, folder / "a")  # type: ignore[arg-type]
+    assert list(folder.iterdir()) == []
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    run_on_ranks(save_what_no_load_takes, 2, tmp_path)
+
+
+def test_plain_values_come_back(tmp_path: Path) -> None:
+    values: list[Any] = [None, torch.Size([1]), torch.float32, torch.device("cpu"), 1j, {1, 2}, b"x", [1, (2.0, "x")]]
+    values += [[], (OrderedDict(a=1), random.getstate())]
+    saved: dict[str, Any] = {"v": {str(i): value for i, value in enumerate(values)}, "empty": {}}
+    loaded: dict[str, Any] = {"v": dict.fromkeys(saved["v"], 0), "empty": {}}
+    checkpoint.save({**saved, "in a list": [saved["v"], torch.ones(1)]}, tmp_path / "a")
+    state = {**copy.deepcopy(loaded), "in a list": [copy.deepcopy(loaded["v"]), torch.zeros(1)]}
+    checkpoint.load(state, tmp_path / "a")
+    assert state == {**saved, "in a list": [saved["v"], torch.ones(1)]}
 
 
 # --- Errors on one rank
