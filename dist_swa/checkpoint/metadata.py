@@ -52,7 +52,7 @@ def read_metadata(file: IO[bytes]) -> Metadata:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # as IndexError, where it takes from an empty stack
-        raise ValueError(f"it is no pickle of metadata ({error!r})") from error
+        raise ValueError(f"it is no pickle of metadata ({type(error).__name__}: {error})") from error
     return _checked(metadata)
 
 
