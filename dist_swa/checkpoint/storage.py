@@ -49,10 +49,10 @@ def save_async(
 ) -> Callable[[], None]:
     """Copy the state to the CPU and save it in a thread; return a function that waits for the end.
 
-    Every rank calls both; the second raises what `save` raises. `process_group` needs a CPU backend (gloo), and to be
-    nobody else's while the thread runs: collectives of the training on the same group would mix with those of the
-    save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this rank holds of the
-    state, until the end.
+    Every rank calls both; the second raises what `save` raises, the first TypeError alone. `process_group` needs a CPU
+    backend (gloo), and to be nobody else's while the thread runs: collectives of the training on the same group would
+    mix with those of the save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this
+    rank holds of the state, until the end.
     """
     if not dist.is_initialized():
         save(state, path)
