@@ -1,5 +1,8 @@
 """Checkpoints load anywhere, damaged ones nowhere, and none of them runs code."""
 
+import argparse
+import copy
+import datetime
 import hashlib
 import io
 import os
@@ -8,15 +11,17 @@ import random
 import resource
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -271,8 +276,12 @@ class Payload:
     def pickled(self) -> bytes:
         """Return the pickle that makes the call; dotted names are for protocol 4."""
         module, name, arguments = self.call
-        out = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)) + b"\x93"
-        return out + pickle.dumps(arguments, protocol=2)[2:-1] + b"R."
+        return b"\x80\x04" + global_(module, name) + pickle.dumps(arguments, protocol=2)[2:-1] + b"R."
+
+
+def global_(module: str, name: str) -> bytes:
+    """Return the opcodes that put what has this name on the stack."""
+    return b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)) + b"\x93"
 
 
 def payloads(marker: Path) -> list[Payload]:
@@ -322,10 +331,56 @@ def test_metadata_runs_no_code(tmp_path: Path) -> None:
     assert same_bits(training.values(), before)
 
 
-def test_entries_run_no_code(tmp_path: Path) -> None:
+def test_metadata_changes_nothing(tmp_path: Path) -> None:
+    """What BUILD sets attributes of may be a class, a function or an enum's member."""
+    folder, dcp = tmp_path / "checkpoint", "torch.distributed.checkpoint.metadata"
+    checkpoint.save({"x": torch.ones(2)}, folder)
+    metadata = (folder / ".metadata").read_bytes()
+    attributes, slots = b"}\x8c\x06poisonK\x01sb", b"N}\x8c\x06poisonK\x01s\x86b"
+    for named, change in (
+        (global_("pathlib", "PosixPath"), slots),
+        (global_("torch", "Size"), slots),
+        (global_(dcp, "ChunkStorageMetadata"), slots),
+        (global_("torch.serialization", "_get_layout"), attributes),
+        (global_(dcp, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R", attributes),
+        (global_(dcp, "ChunkStorageMetadata") + b")\x81", attributes),  # of an instance, but no field
+    ):
+        target = pickle.loads(b"\x80\x04" + named + b".")
+        before = dict(vars(target))
+        for content in (b"\x80\x04" + named + change + b".", b"\x80\x04" + named + change + b"0" + metadata[2:]):
+            (folder / ".metadata").write_bytes(content)
+            reseal(folder)
+            with pytest.raises(checkpoint.CheckpointError, match=r"\.metadata: it wants to change a "):
+                checkpoint.open_checkpoint(folder)
+            assert dict(vars(target)) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # The hash of a deep tuple overflows C's stack.
+        (b"})" + b"\x85" * 3_000_000 + b"Ns.", "tuples in tuples"),
+        (b"}N" + b"N\x86" * 3_000_000 + b"Ns.", "tuples in tuples"),
+        (b"}" + b"(" * 300_000 + b"t" * 300_000 + b"Ns.", "tuples in tuples"),
+        (b"b", "no pickle of metadata"),
+        (b"", "no pickle of metadata"),
+        (b"N.", "it holds NoneType where Metadata should be"),
+    ],
+)
+def test_what_is_no_metadata_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    checkpoint.save({"x": torch.ones(2)}, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/.metadata").write_bytes(b"\x80\x04" + content)
+    reseal(tmp_path / "checkpoint")
+    with pytest.raises(checkpoint.CheckpointError, match=rf"\.metadata: .*{message}"):
+        checkpoint.open_checkpoint(tmp_path / "checkpoint")
+
+
+def test_entries_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither those that are no tensors, nor a tensor's place in a file, which `.metadata` may have moved."""
     folder, marker, training = tmp_path / "checkpoint", tmp_path / "code_ran", Training(models=1)
-    checkpoint.save(training.state() | {"evil": Touch(marker)}, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.storage, "_is_readable", lambda _: True)
+        checkpoint.save(training.state() | {"evil": Touch(marker)}, folder)
     before = training.values()
     state = training.state() | {"evil": 0}
     with pytest.raises(checkpoint.CheckpointError, match=r"__0_0\.distcp: it holds other than tensors and"):
@@ -362,6 +417,23 @@ def test_all_is_read_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert set(modes) == {True}
 
 
+ROW = "swa.slots.0.one_row"
+PINWHEEL = (((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 0), (1, 1)), ((1, 0), (1, 1)), ((2, 1), (1, 2)), ((1, 1), (1, 1)))
+
+
+def set_chunks(metadata: Metadata, shape: tuple[int, ...], *chunks: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Give the tensor `ROW` another shape, and chunks of these offsets and sizes, all in its place in the file."""
+    entry = metadata.state_dict_metadata[ROW]
+    assert isinstance(entry, TensorStorageMetadata)
+    (old,) = entry.chunks
+    entry.size = torch.Size(shape)
+    entry.chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
+    for chunk in entry.chunks:
+        metadata.storage_data[MetadataIndex(ROW, chunk.offsets)] = metadata.storage_data[
+            MetadataIndex(ROW, old.offsets)
+        ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -369,12 +441,28 @@ def test_all_is_read_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../x"),
             "a file outside of the folder",
         ),
-        (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", 7), "not int"),
+        (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", 7), "where the place of an entry"),
         (lambda m: m.state_dict_metadata.update({7: None}), "it holds 7 where a key should be"),
         (lambda m: m.storage_data.popitem(), "it does not say where"),
-        (lambda m: m.state_dict_metadata["swa.num_averaged"].chunks.clear(), "it does not say where swa.num_averaged"),
         (lambda m: setattr(m, "storage_data", None), "it holds NoneType where a dict"),
-        (lambda m: setattr(m.state_dict_metadata["swa.slots.0.one_row"], "size", torch.Size([2, 5])), "do not make up"),
+        (lambda m: delattr(m, "storage_data"), "it holds NoneType where a dict"),
+        (lambda m: setattr(m.storage_meta, "modules", 7), "not iterable"),
+        (lambda m: setattr(next(iter(m.storage_data.values())), "offset", -5), "where the place of an entry"),
+        (lambda m: setattr(next(iter(m.storage_data.values())), "length", "7"), "where the place of an entry"),
+        (lambda m: setattr(m.state_dict_metadata[ROW], "properties", "hello"), f"does not describe {ROW} as"),
+        (lambda m: setattr(m.state_dict_metadata[ROW].properties, "dtype", "hello"), f"does not describe {ROW} as"),
+        (lambda m: delattr(m.state_dict_metadata[ROW], "size"), f"does not describe {ROW} as"),
+        (lambda m: setattr(m.state_dict_metadata[ROW], "chunks", ["hello"]), f"does not describe {ROW} as"),
+        (lambda m: setattr(m.state_dict_metadata[ROW], "size", torch.Size([2, 5])), "do not make up"),
+        (lambda m: set_chunks(m, (2, 2), ((0, 0), (-2, -2))), f"does not describe {ROW} as"),
+        (lambda m: set_chunks(m, (-2, -2), ((0, 0), (2, 2))), "do not make up"),
+        (lambda m: set_chunks(m, (4,), ((0, 0), (2, 2))), "do not make up"),
+        (lambda m: set_chunks(m, (8,), ((0,), (4,)), ((0,), (4,))), "do not make up"),
+        (lambda m: set_chunks(m, (8,), ((0,), (4,)), ((8,), (4,))), "do not make up"),
+        (lambda m: set_chunks(m, (4,), ((0,), (3,)), ((2,), (2,)), ((5,), (0,))), "do not make up"),
+        (lambda m: set_chunks(m, (4, 4), *PINWHEEL[:-1], ((1, 2), (2, 1))), "do not make up"),
+        (lambda m: set_chunks(m, (2**50,), ((0,), (2**50,))), f"it puts 4503599627370496 bytes of {ROW} into "),
+        (lambda m: m.state_dict_metadata["swa.num_averaged"].chunks.clear(), "do not make up"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
@@ -385,6 +473,22 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: Callabl
     reseal(tmp_path / "checkpoint")
     with pytest.raises(checkpoint.CheckpointError, match=rf"\.metadata: .*{message}"):
         checkpoint.open_checkpoint(tmp_path / "checkpoint")
+
+
+def test_parts_of_any_layout_make_up_a_shape(tmp_path: Path) -> None:
+    checkpoint.save(Training().state(), tmp_path / "checkpoint")
+    content = (tmp_path / "checkpoint/.metadata").read_bytes()
+    for shape, chunks in (
+        ((3, 3), PINWHEEL),
+        ((3, 3), (*PINWHEEL, ((5, 3), (0, 3)))),  # nothing, as of a rank that has no part
+        ((0, 5), ()),
+        ((5000, 2), tuple(((row, column), (1, 1)) for row in range(5000) for column in range(2))),
+    ):
+        metadata = pickle.loads(content)
+        set_chunks(metadata, shape, *chunks)
+        (tmp_path / "checkpoint/.metadata").write_bytes(pickle.dumps(metadata))
+        reseal(tmp_path / "checkpoint")
+        assert checkpoint.open_checkpoint(tmp_path / "checkpoint").shape(ROW) == shape
 
 
 # --- Checkpoints that do not fit
@@ -466,6 +570,49 @@ def misfits(folder: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     run_on_ranks(misfits, 2, tmp_path)
+
+
+# --- States that could not be loaded again
+
+
+def save_what_no_load_takes(folder: Path) -> None:
+    rank = dist.get_rank()
+    inner = ShardedAverage(nn.Linear(1, 1))
+    for value, key in (
+        ({"v": np.ones(3)}, "v=ndarray"),
+        ({"v": {"w": np.float64(0.5)}}, "v.w=float64"),
+        ({"v": [torch.ones(2), {"w": Path("x")}]}, "v.1.w=PosixPath"),
+        ({"v": (1, Path("x"))}, "v=tuple"),
+        ({"v": datetime.datetime(2000, 1, 1)}, "v=datetime"),
+        ({"v": argparse.Namespace(a=1)}, "v=Namespace"),
+        ({"v": lambda: None}, "v=function"),
+        ({"v": {"inner": inner}}, "v.inner=ShardedAverage"),
+        ({"v": Path("x") if rank == 1 else 1}, "v=PosixPath"),  # on one rank only
+    ):
+        for save in (checkpoint.save, checkpoint.storage.save_async):
+            with pytest.raises(TypeError, match=rf"save needs tensors and values .*weights_only=True, got {key}; "):
+                save({"x": torch.ones(2), **value}, folder / "a")
+    for function in (checkpoint.save, checkpoint.storage.save_async, checkpoint.load):
+        for state in (None, [1], torch.ones(1)):
+            message = f"a checkpoint needs a state dict, got state={type(state).__name__}; pass a dict"
+            with pytest.raises(TypeError, match=message):
+                function(state, folder / "a")  # type: ignore[arg-type]
+    assert list(folder.iterdir()) == []
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    run_on_ranks(save_what_no_load_takes, 2, tmp_path)
+
+
+def test_plain_values_come_back(tmp_path: Path) -> None:
+    values: list[Any] = [None, torch.Size([1]), torch.float32, torch.device("cpu"), 1j, {1, 2}, b"x", [1, (2.0, "x")]]
+    values += [[], (OrderedDict(a=1), random.getstate())]
+    saved: dict[str, Any] = {"v": {str(i): value for i, value in enumerate(values)}, "empty": {}}
+    loaded: dict[str, Any] = {"v": dict.fromkeys(saved["v"], 0), "empty": {}}
+    checkpoint.save({**saved, "in a list": [saved["v"], torch.ones(1)]}, tmp_path / "a")
+    state = {**copy.deepcopy(loaded), "in a list": [copy.deepcopy(loaded["v"]), torch.zeros(1)]}
+    checkpoint.load(state, tmp_path / "a")
+    assert state == {**saved, "in a list": [saved["v"], torch.ones(1)]}
 
 
 # --- Errors on one rank

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import socket
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,14 +14,14 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_swa.agreement import all_raise
-from dist_swa.checkpoint.reader import METADATA, SUMS
 from dist_swa.checkpoint.storage import load, save, save_async
-from dist_swa.checkpoint.writer import PARTIAL
+from dist_swa.checkpoint.writer import PARTIAL, remove
 
 _LOCK = ".lock"
 _REMOVED = ".removed"  # ends the hidden name of a checkpoint while it is removed
 _STEP = re.compile(r"step-(\d{9}|[1-9]\d{9,})")
 _LEFTOVER = re.compile(rf"\.step-\d+({re.escape(PARTIAL)}|{re.escape(_REMOVED)})")
+_locked: list[int] = []  # descriptors of the lock files that this process holds, never closed
 
 
 class CheckpointFolder:
@@ -93,12 +92,9 @@ class CheckpointFolder:
         return step
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are there, in order. Local."""
-        return sorted(
-            int(found[1])
-            for folder in self.path.iterdir()
-            if (found := _STEP.fullmatch(folder.name)) and any((folder / name).exists() for name in (METADATA, SUMS))
-        )
+        """Return the steps of the checkpoints that are there, in order, damaged ones too. Local."""
+        folders = [folder for folder in self.path.iterdir() if folder.is_dir()]
+        return sorted(int(found[1]) for folder in folders if (found := _STEP.fullmatch(folder.name)))
 
     def _folder_of(self, step: int) -> Path:
         return self.path / f"step-{step:09}"
@@ -135,29 +131,42 @@ class CheckpointFolder:
     def _remove_leftovers(self) -> None:
         for folder in self.path.iterdir():
             if _LEFTOVER.fullmatch(folder.name):
-                shutil.rmtree(folder)
+                remove(folder)
 
 
 def _lock(path: Path) -> None:
     """Make the folder and lock it, until this process ends, however it ends; RuntimeError where another one has it.
 
-    A POSIX lock: the children of the process, as the workers of a DataLoader, do not have it. The file is never
-    closed, which would end the lock, also where two objects of this process have the same folder.
+    By flock, not lockf: that lock would end when anything in this process has read the file, as a backup does.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         file = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OSError(error.errno, f"CheckpointFolder needs to write there: {error.strerror}", str(path)) from error
+    if any(os.path.sameopenfile(file, mine) for mine in _locked):  # two objects of one process, one run
+        os.close(file)
+        return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(file, 1000, 0).decode().strip()
+        os.close(file)
         raise RuntimeError(
             f"CheckpointFolder needs a folder that no other run writes to, got path={path}, which is held by {holder}"
             "; end that run, or use another folder"
         ) from error
     except OSError as error:
         warnings.warn(f"{path} cannot be locked ({error}): take care that one run at a time writes there", stacklevel=3)
+    _locked.append(file)
     os.truncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _leave_locks() -> None:
+    """Let a forked child, as a worker of a DataLoader, not hold the folder when its parent has ended."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -171,12 +171,12 @@ class CheckpointReader(FileSystemReader):
             with self._open(METADATA) as file:
                 metadata = read_metadata(file)
             self._check_files(metadata)
+            if WRITER in getattr(metadata.storage_meta, "modules", ()) and not self.has_checksums:
+                raise self._error(SUMS, "it is missing")
         except (CheckpointError, OSError):
             raise
         except Exception as error:
             raise self._error(METADATA, str(error)) from error
-        if metadata.storage_meta and WRITER in metadata.storage_meta.modules and not self.has_checksums:
-            raise self._error(SUMS, "it is missing")
         return metadata
 
     def _check_files(self, metadata: Metadata) -> None:
@@ -193,12 +193,15 @@ class CheckpointReader(FileSystemReader):
                 if (size := file.seek(0, io.SEEK_END)) < end:
                     raise self._error(name, f"it has {size} bytes of at least {end}")
         for key, entry in metadata.state_dict_metadata.items():
-            chunks: Iterable[Any] = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
-            places = [MetadataIndex(key, chunk.offsets) for chunk in chunks] or [MetadataIndex(key)]
-            if any(place not in metadata.storage_data for place in places):
-                raise self._error(METADATA, f"it does not say where {key} is")
-            if isinstance(entry, TensorStorageMetadata) and sum(prod(c.sizes) for c in chunks) != prod(entry.size):
-                raise self._error(METADATA, f"its parts of {key} do not make up the shape {tuple(entry.size)}")
+            least = {MetadataIndex(key): 0}  # bytes at each place
+            if isinstance(entry, TensorStorageMetadata):
+                size = entry.properties.dtype.itemsize
+                least = {MetadataIndex(key, chunk.offsets): prod(chunk.sizes) * size for chunk in entry.chunks}
+            for place, num_bytes in least.items():
+                if (where := metadata.storage_data.get(place)) is None:
+                    raise self._error(METADATA, f"it does not say where {key} is")
+                if where.length < num_bytes and not getattr(where, "transform_descriptors", None):
+                    raise self._error(METADATA, f"it puts {num_bytes} bytes of {key} into {where.length}")
 
 
 class LoadPlannerWithoutPickle(DefaultLoadPlanner):

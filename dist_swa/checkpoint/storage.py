@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,10 +35,10 @@ def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.Proc
     Plain tensors are written by the first rank that has them: buffers that differ between ranks are the first rank's.
     Without a process group, one process saves alone. Memory: one tensor on its way to the CPU.
 
-    Raises FileExistsError where `path` is there already, and OSError where it cannot be written (disk full, no
-    permission), on every rank alike; then no checkpoint appears.
+    Raises TypeError for other values, FileExistsError where `path` is there already, and OSError where it cannot be
+    written (disk full, no permission), on every rank alike; then no checkpoint appears.
     """
-    states = _states(state, process_group)
+    states = _states_to_save(state, process_group)
     writer = CheckpointWriter(Path(path))
     with writer.cleaned_up(), plain_errors(), no_group_is_fine():
         dcp_save(states, storage_writer=writer, planner=_save_planner(), process_group=process_group)
@@ -48,15 +49,15 @@ def save_async(
 ) -> Callable[[], None]:
     """Copy the state to the CPU and save it in a thread; return a function that waits for the end.
 
-    Every rank calls both; the second raises what `save` raises. `process_group` needs a CPU backend (gloo), and to be
-    nobody else's while the thread runs: collectives of the training on the same group would mix with those of the
-    save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this rank holds of the
-    state, until the end.
+    Every rank calls both; the second raises what `save` raises, the first TypeError alone. `process_group` needs a CPU
+    backend (gloo), and to be nobody else's while the thread runs: collectives of the training on the same group would
+    mix with those of the save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this
+    rank holds of the state, until the end.
     """
     if not dist.is_initialized():
         save(state, path)
         return lambda: None
-    states = _states(state, process_group)
+    states = _states_to_save(state, process_group)
     with all_raise(process_group):
         staged: Any = _copied(states)
     writer = CheckpointWriter(Path(path))  # its own stager, too, which need not copy again
@@ -82,6 +83,7 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
     checksum, each by one of the ranks.
     """
     with all_raise(process_group):
+        _check_is_dict(state)
         reader = open_checkpoint(path)
         reader.verify(*place_in(process_group))
         if not reader.has_checksums:
@@ -108,6 +110,40 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
                 state[key].load_state_dict(loaded)
             else:
                 state[key] = loaded
+
+
+def _check_is_dict(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a checkpoint needs a state dict, got state={type(state).__name__}; pass a dict")
+
+
+def _states_to_save(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Return `_states`; TypeError where a load would take one of their values for damage."""
+    with all_raise(group):
+        _check_is_dict(state)
+    states = _states(state, group)
+    with all_raise(group):
+        for key, value in _leaves(states):
+            if not _is_readable(value):
+                raise TypeError(
+                    "save needs tensors and values that torch.load reads with weights_only=True, got"
+                    f" {key}={type(value).__name__}; save what it consists of, as numbers, text, lists and tensors"
+                )
+    return states
+
+
+def _is_readable(value: Any) -> bool:
+    """Whether torch.load gives `value` back, with ``weights_only=True``; tensors it does, so they are not copied."""
+    if isinstance(value, Tensor) or value is None or type(value) in (bool, int, float, str):
+        return True
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def _states(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -137,7 +173,7 @@ def _is_new_average(entry: str, value: Any, reader: CheckpointReader) -> bool:
 
 def _check_average(entry: str, state: Mapping[str, Any], reader: CheckpointReader) -> None:
     """Raise, before anything is read, what `load_state_dict` would raise when model and average have changed."""
-    mine, saved = dict(_leaves(state, entry)), [key for key in reader.keys if key.startswith(f"{entry}.")]
+    mine, saved = dict(_leaves(state, f"{entry}.")), [key for key in reader.keys if key.startswith(f"{entry}.")]
     for key in (key for key in saved if key.endswith(".format_version") and key in mine):
         if (version := int(reader.read(key))) > int(mine[key]):
             raise ValueError(
@@ -152,12 +188,13 @@ def _check_average(entry: str, state: Mapping[str, Any], reader: CheckpointReade
             )
 
 
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{path}.{key}")
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is in dicts and lists, with its keys, as DCP does."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if isinstance(value, Mapping) or type(value) is list:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _save_planner() -> SavePlanner:

@@ -47,8 +47,7 @@ class CheckpointWriter(FileSystemWriter):
         if self._path.exists():
             raise FileExistsError(f"save needs a path where nothing is yet, got {self._path}; choose another one")
         partial = Path(self.path)
-        if partial.exists():  # a killed save left it
-            shutil.rmtree(partial)
+        remove(partial)  # a killed save left it
         partial.mkdir(parents=True)
         self._must_clean_up = True
         return super().prepare_global_plan(plans)
@@ -114,6 +113,14 @@ class _HashedFile(io.BufferedWriter):
     def write(self, data: Any) -> int:
         self.digest.update(data)
         return super().write(data)
+
+
+def remove(path: Path) -> None:
+    """Remove what is at `path`, if there is anything: a file, a folder, or a link and not where it leads."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
