@@ -154,16 +154,20 @@ class Schedule:
         self.first_update, self.last_update = (None if p.batches < 0 else p for p in (first, last))
         self.completed = bool(state["completed"][0])
 
-    def resume(self, state: Mapping[str, list[int]]) -> None:
-        """Take the position from a checkpoint. What this schedule has not brought to its end goes on."""
-        self.load_state_dict(state)
+    def go_on(self) -> None:
+        """Take back that averaging is complete, where `end` has not come: a run that was ended is continued."""
         self.completed = self.completed and self._is_over()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether `start` has come."""
+        return self._at(self.now, self.start.unit) >= self.start.value
 
     def _is_over(self) -> bool:
         return self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
 
     def _check(self) -> Decision:
-        if self.completed or self._at(self.now, self.start.unit) < self.start.value:
+        if self.completed or not self.has_begun:
             return Decision()
         first, last = self.first_update or self.now, self.last_update or self.now
         update = self.first_update is None or self._intervals_at(self.now, first) > self._intervals_at(last, first)

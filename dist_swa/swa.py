@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ class SWA:
     def completed(self) -> bool:
         """Whether the average went into the model for good; no more updates.
 
-        Of a run that `finalize` ended, a checkpoint goes on: there may be more steps, and another `finalize`.
+        A checkpoint of a run that ended goes on where the new schedule has not come to its end: there may be more
+        steps, and another `finalize`. The average starts anew there if it lies before the new `swa_start`.
         """
         return self.schedule.completed
 
@@ -228,10 +230,14 @@ class SWA:
                 f" num_layers={len(self._norms)}; build the model as it was"
             )
         self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
-        self.schedule.resume(schedule)
+        self.schedule.load_state_dict(schedule)
         self.num_skipped = schedule["num_skipped"]
         self._start_lrs = start_lrs if self.started else []
         self._frozen = {name for name, is_frozen in zip(self._norms, frozen, strict=True) if is_frozen}
+        if self.completed:
+            self.schedule.go_on()
+            if not self.completed and not self.schedule.has_begun:
+                self.reset(**asdict(self.schedule.now))
 
     def _follow(self, check: Callable[[], Decision]) -> bool:
         """Do what the schedule says after `check`; where that fails, nothing was counted."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_swa import ShardedAverage
+from dist_swa import ShardedAverage, checkpoint
 from dist_swa.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint, writer
 from models import same_bits, wrap
 from ranks import on_ranks, run_on_ranks
@@ -86,21 +86,20 @@ def test_arguments(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    folder.save(1, state_of(1))
     whole = tmp_path / "step-000000001"
+    checkpoint.save(state_of(1), whole)
     for name in (".step-000000002.partial", ".step-000000000.removed", ".mine", "step-of-mine", "notes"):
         shutil.copytree(whole, tmp_path / name)
     (tmp_path / ".step-000000003.partial").touch()
     (tmp_path / ".step-000000004.partial").symlink_to("notes")
     (tmp_path / ".step-000000005.removed").symlink_to("nowhere")
+    folder = CheckpointFolder(tmp_path)
     assert load_value(folder) == (1, 1.0)
-    again = CheckpointFolder(tmp_path)
     assert names(tmp_path) == [".mine", "notes", "step-000000001", "step-of-mine"]
     assert names(tmp_path / "notes") == names(whole)
     (tmp_path / ".step-000000006.partial").symlink_to("notes")  # not there when the folder was made
-    again.save(6, state_of(6))
-    assert load_value(again) == (6, 6.0)
+    folder.save(6, state_of(6))
+    assert load_value(folder) == (6, 6.0)
     assert names(tmp_path / "notes") == names(whole)
 
 
@@ -378,6 +377,17 @@ def saved_average(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp1"])
 def test_updates_do_not_touch_what_is_being_written(tmp_path: Path, wrapper: str) -> None:
     assert run_on_ranks(race, 2, tmp_path, wrapper) == [[True] * 5] * 2
+
+
+@on_ranks(2)
+def test_a_second_object_leaves_what_is_being_written(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for step in (1, 4):
+        folder.save_async(step, {"x": torch.ones(3_000_000)})
+        again = CheckpointFolder(tmp_path, keep=1)
+        again.save(step + 1, state_of(step))
+        folder.wait()
+        assert load_value(again) == (step + 1, float(step))
 
 
 @on_ranks(2)

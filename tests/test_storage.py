@@ -513,6 +513,17 @@ def test_without_averaging_state_one_warning_and_a_new_average(tmp_path: Path) -
     assert torch.equal(state["model"]["one_row"], expected["model one_row"])
 
 
+def test_without_averaging_state_inside_of_a_swap_nothing_is_loaded(tmp_path: Path) -> None:
+    model = build()
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    checkpoint.save({"epoch": torch.tensor(3)}, tmp_path / "epoch only")
+    state: dict[str, Any] = {"epoch": torch.tensor(0), "swa": swa}
+    with swa.swapped_in(), pytest.raises(RuntimeError, match="load needs the model to carry its trained weights"):
+        checkpoint.load(state, tmp_path / "epoch only")
+    assert (int(state["epoch"]), swa.num_averaged) == (0, 1)
+
+
 def test_a_missing_shard_never_starts_anew(tmp_path: Path) -> None:
     run_on_ranks(save_two, 2, tmp_path)
     (tmp_path / "one/__1_0.distcp").unlink()

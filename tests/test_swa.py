@@ -68,6 +68,20 @@ def test_a_checkpoint_of_a_run_that_ended_goes_on_by_the_new_schedule() -> None:
         assert model.weight.eq(6).all()
 
 
+def test_an_average_of_a_run_that_ended_does_not_reach_over_a_later_start() -> None:
+    model = linear()
+    options: dict[str, Any] = {"swa_start": "0.5dur", "swa_end": None, "update_interval": "1ba"}
+    first = SWA(model, max_duration="10ba", **options)
+    run(first, model, 10)
+    first.finalize()
+    longer = SWA(model, max_duration="40ba", **options)
+    longer.load_state_dict(first.state_dict())
+    assert (longer.started, longer.num_averaged, longer.schedule.now.batches) == (False, 0, 10)
+    assert run(longer, model, 30) == list(range(10, 31))
+    longer.finalize()
+    assert model.weight.eq(20).all()
+
+
 def test_reset_starts_anew_within_the_run() -> None:
     model = linear()
     options: dict[str, Any] = {"max_duration": "10ba", "swa_start": "0.8dur", "swa_end": None, "update_interval": "1ba"}

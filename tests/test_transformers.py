@@ -214,6 +214,19 @@ class Rates(TrainerCallback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
+class Looks(TrainerCallback):
+    """Evaluates by itself, with arguments by their places, and breaks the run off."""
+
+    trainer: Trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        metrics = self.trainer.evaluate(self.trainer.eval_dataset, None, "mine")
+        if self.trainer.state.global_step == STOP:
+            assert set(metrics) >= {"mine_loss", "mine_swa_loss"}
+            raise ZeroDivisionError
+        assert "mine_loss" in metrics
+
+
 class Endless(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(data("gpt2"))
@@ -279,6 +292,14 @@ def uses(folder: Path) -> None:
         trainer.train()
         assert seen == ["eval", "eval", "eval_swa", "eval", "eval_swa"]
         assert trainer.evaluate is own
+    with launched():
+        callback = SWACallback(**start)
+        trainers = [trainer_for(kind, folder / "twice", callback, *more) for more in ((Looks(),), ())]
+        Looks.trainer = trainers[0]
+        with pytest.raises(ZeroDivisionError):
+            trainers[0].train()
+        trainers[1].train()  # the same callback, of a run that had raised
+        assert all("evaluate" not in vars(one) for one in trainers)
     with launched():
         callback = SWACallback(swa_start="1ep", update_interval="1ep")
         trainer = trainer_for(kind, folder / "endless", callback)

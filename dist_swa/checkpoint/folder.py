@@ -48,8 +48,9 @@ class CheckpointFolder:
         self._wait: Callable[[], None] | None = None
         with all_raise(self._group):
             if self._is_first:
-                _lock(self.path)
-                self._remove_leftovers()
+                is_begin_of_run = _lock(self.path)
+                if is_begin_of_run:
+                    self._remove_leftovers()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Save `state`, as `checkpoint.save` takes it, under the number `step`; then remove what is not to be kept.
@@ -125,8 +126,7 @@ class CheckpointFolder:
             if self._is_first:
                 for step in self.steps()[: -self._keep]:
                     folder = self._folder_of(step)
-                    folder.rename(folder.with_name(f".{folder.name}{_REMOVED}"))  # whole, or not there
-                self._remove_leftovers()
+                    remove(folder.rename(folder.with_name(f".{folder.name}{_REMOVED}")))  # whole, or not there
 
     def _remove_leftovers(self) -> None:
         for folder in self.path.iterdir():
@@ -134,9 +134,10 @@ class CheckpointFolder:
                 remove(folder)
 
 
-def _lock(path: Path) -> None:
-    """Make the folder and lock it, until this process ends, however it ends; RuntimeError where another one has it.
+def _lock(path: Path) -> bool:
+    """Make the folder and lock it, until this process ends, however it ends; False where this process had it before.
 
+    RuntimeError where another one has it.
     By flock, not lockf: that lock would end when anything in this process has read the file, as a backup does.
     """
     try:
@@ -146,7 +147,7 @@ def _lock(path: Path) -> None:
         raise OSError(error.errno, f"CheckpointFolder needs to write there: {error.strerror}", str(path)) from error
     if any(os.path.sameopenfile(file, mine) for mine in _locked):  # two objects of one process, one run
         os.close(file)
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -161,6 +162,7 @@ def _lock(path: Path) -> None:
     _locked.append(file)
     os.truncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return True
 
 
 def _leave_locks() -> None:

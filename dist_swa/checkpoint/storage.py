@@ -93,6 +93,8 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
                 stacklevel=2,
             )
         if anew := {key for key, value in state.items() if _is_new_average(key, value, reader)}:
+            for average in (value.average if isinstance(value := state[key], SWA) else value for key in anew):
+                average.require("load", outside_of_a_swap=True)
             warnings.warn(f"{path} has no averaging state under {sorted(anew)}: averaging starts anew", stacklevel=2)
     states = _states({key: value for key, value in state.items() if key not in anew}, process_group)
     with all_raise(process_group):

@@ -103,7 +103,7 @@ class SWA(Algorithm):  # type: ignore[misc]
         if event == Event.FIT_START and self.swa is None:
             self.swa = self._attached(state)
         elif event == Event.FIT_START and self.swa is not None:
-            self.swa.schedule.resume(self.swa.schedule.state_dict())  # what the end of the last fit completed goes on
+            self.swa.schedule.go_on()  # the end of the last fit was not yet that of the averaging
         if self.swa is not None:
             self._follow(self.swa, event, state)
 
@@ -141,6 +141,7 @@ class SWA(Algorithm):  # type: ignore[misc]
         elif event == Event.FIT_END and not swa.completed:
             with get_precision_context(state.precision, state.precision_config):
                 swa.finalize(_batches(state), **self._finalize_options)
+            self._is_recalibrated = True
         elif event in (Event.EPOCH_END, Event.FIT_END) and swa.completed and not self._is_recalibrated:
             with get_precision_context(state.precision, state.precision_config):
                 dist_swa.recalibrate_batch_norm(state.model, _batches(state), **self._finalize_options)

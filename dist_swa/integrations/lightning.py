@@ -59,10 +59,10 @@ class SWACallback(Callback):
             length, a GradientAccumulationScheduler) epochs count when they end. Schedules in samples and tokens are
             not taken.
 
-    Raises RuntimeError for a second `SWACallback`; ValueError for any other strategy, and for BatchNorm in a module
-    without ``forward``, when ``fit`` starts; what `SWA` raises; RuntimeError for ``save_checkpoint`` inside of a
-    validation of averages. Every rank saves checkpoints together, as Lightning demands; one that is no folder
-    costs an all-gather of the average, and its memory on the first rank.
+    Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts; what
+    `SWA` raises; RuntimeError for ``save_checkpoint`` inside of a validation of averages. Every rank saves checkpoints
+    together, as Lightning demands; one that is no folder costs an all-gather of the average, and its memory on the
+    first rank.
     """
 
     def __init__(
@@ -104,17 +104,19 @@ class SWACallback(Callback):
         model = cast(nn.Module, trainer.model)
         has_norms = any(getattr(module, "running_mean", None) is not None for module in model.modules())
         if has_norms and "forward" not in self._finalize_options and not is_overridden("forward", pl_module):
-            raise ValueError(
-                f"recalibrating BatchNorm needs a forward, got {type(pl_module).__name__} without one; write it, or"
-                ' pass finalize_options={"forward": lambda module, batch: module.net(batch[0])}'
+            warnings.warn(
+                f"unless all of it is frozen, BatchNorm needs a forward at the end, got {type(pl_module).__name__}"
+                ' without one; write it, or pass finalize_options={"forward": lambda module, batch: ...}',
+                stacklevel=2,
             )
         options = _length(trainer, pl_module) | self._options
         self._counts_epochs = options.get("steps_per_epoch") is None
         self.swa = SWA(model, optimizers[0] if len(optimizers) == 1 else None, **options)
         self._num_steps = trainer.global_step
-        self.swa.reset(batches=trainer.global_step, epochs=trainer.current_epoch)  # not 0 where a fit goes on
         if trainer.ckpt_path is not None:
             self._resume(self.swa, trainer)
+        if self.swa.schedule.now.batches == 0:  # no average was there; the fit may go on all the same
+            self.swa.reset(batches=trainer.global_step, epochs=trainer.current_epoch)
 
     def _resume(self, swa: SWA, trainer: Trainer) -> None:
         path = Path(str(trainer.ckpt_path))

@@ -55,8 +55,9 @@ class SWACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if hasattr(self, "_trainer"):
+            self._detach()  # from one whose training raised
         self._trainer, checkpoint = _calling_trainer()
-        self._detach()
         callbacks = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, SWACallback)]
         if len(callbacks) > 1:
             raise RuntimeError(
@@ -98,11 +99,15 @@ class SWACallback(TrainerCallback):
         self._detach()
         self.swa.finalize(self._batches())
 
-    def _evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def _evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
         """``Trainer.evaluate``, or what overrides it, of the weights that were asked for."""
 
         def evaluate(prefix: str) -> dict[str, float]:
-            return self._evaluate_trained(*args, metric_key_prefix=prefix, **kwargs)
+            return self._evaluate_trained(
+                eval_dataset=eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=prefix, **kwargs
+            )
 
         if self._is_evaluating or not self.swa.started or self.swa.completed:
             return evaluate(metric_key_prefix)

@@ -378,6 +378,16 @@ def test_several_fits_are_composers() -> None:
     torch.testing.assert_close(seen[0], seen[1], rtol=2e-6, atol=2e-7)
 
 
+def test_a_further_fit_keeps_the_statistics_of_what_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    swa = SWA(update_interval="1ba")
+    it = trainer(Model(with_norm=True), [swa], max_duration="5ba")  # the end, 0.97dur, comes with the end of the fit
+    it.fit()
+    assert swa.swa is not None
+    assert swa.swa.completed
+    monkeypatch.setattr(dist_swa, "recalibrate_batch_norm", lambda *_, **__: pytest.fail("a model that trains"))
+    it.fit(duration="2ep")
+
+
 def test_a_run_goes_on_after_its_end(tmp_path: Path) -> None:
     model, swa, states = Model(), SWA(swa_start="1ba", swa_end=None, update_interval="1ba"), []
     watch = Watch([Event.BATCH_END], lambda: states.append(read(model.net)))
