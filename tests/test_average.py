@@ -221,7 +221,10 @@ def test_extra_state_is_there_under_every_name() -> None:
     model = nn.Sequential(part, part)
     average = ShardedAverage(model)
     average.update()
-    model.load_state_dict(average.full_state_dict(), strict=True)
+    full = average.full_state_dict()
+    assert full.keys() == model.state_dict().keys()
+    assert full["0._extra_state"] == full["1._extra_state"] == 3
+    model.load_state_dict(full, strict=True)
 
 
 @on_ranks(3)

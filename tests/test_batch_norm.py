@@ -1,7 +1,8 @@
 """The statistics are those of all samples on all ranks, for every kind of layer, batch and split."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import pytest
@@ -253,14 +254,16 @@ def test_max_batches_is_per_rank_and_draws_no_more() -> None:
 # Models and groups
 
 
-def unread() -> Iterator[Tensor]:
+def unread() -> Generator[Tensor, None, None]:
     pytest.fail("the loader was read")
     yield
 
 
 def test_a_model_without_batch_norm_leaves_the_loader_alone() -> None:
-    recalibrate_batch_norm(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), unread())
-    recalibrate_batch_norm(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval()), unread())
+    for layer in (nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3).eval()):
+        batches = unread()
+        recalibrate_batch_norm(nn.Sequential(nn.Linear(3, 3), layer), batches)
+        assert inspect.getgeneratorstate(batches) == inspect.GEN_CREATED
 
 
 def test_what_is_no_model_is_a_type_error() -> None:

@@ -100,10 +100,11 @@ class SWA(Algorithm):  # type: ignore[misc]
             )
         if event in (Event.FIT_START, Event.EVAL_END):
             self._swap.close()  # at FIT_START: what an evaluation that raised has left
-        if event == Event.FIT_START and self.swa is None:
-            self.swa = self._attached(state)
-        elif event == Event.FIT_START and self.swa is not None:
-            self.swa.schedule.go_on()  # the end of the last fit was not yet that of the averaging
+        if event == Event.FIT_START:
+            if self.swa is None:
+                self.swa = self._attached(state)
+            else:
+                self.swa.schedule.go_on()  # the end of the last fit was not yet that of the averaging
         if self.swa is not None:
             self._follow(self.swa, event, state)
 
