@@ -117,6 +117,7 @@ def _rank_main(pipe: Connection, rank: int, world_size: int, folder: Path, call:
             warnings.filterwarnings("ignore", message)
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        dist.barrier()  # all are connected: a rank that dies from here on breaks no connection that is being made
         pipe.send(("returned", pickle.dumps(function(*args, **kwargs)), time.monotonic()))
         dist.barrier()
         dist.destroy_process_group()
