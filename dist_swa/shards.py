@@ -180,21 +180,29 @@ def find_fsdp_modules(module: nn.Module) -> list[FSDPModule | FullyShardedDataPa
 
 def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel]) -> None:
     """Free unsharded parameters, so that the shards are what counts. See [Note: stale unsharded weights]."""
-    for module in fsdp_modules:
+    for module in fsdp_modules:  # a root comes before what is inside it
         if isinstance(module, FullyShardedDataParallel):
             _reshard_flat(module)
             continue
         state = module._get_fsdp_state()
         if state._is_root and state._training_state.name == "FORWARD":  # a forward raised; it would not reshard
-            if not hasattr(module, "reset_iter_state"):
-                raise RuntimeError(
-                    "FSDP2 needs torch >= 2.13 to go on after an error inside a forward, got"
-                    f" torch={torch.__version__}; restart from the last checkpoint, or update torch"
-                )
-            module.reset_iter_state()
-    for module in fsdp_modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+            _end_forward(state)
+        for group in _param_groups(state):
+            group.wait_for_unshard()  # what was prefetched and not used would count as the next forward's gather
+        module.reshard()
+
+
+def _end_forward(root_state: Any) -> None:
+    """End a forward of FSDP2 that raised. Torch's own `reset_iter_state` would drop accumulated gradients as well."""
+    idle = type(root_state._training_state).IDLE
+    for state in root_state._state_ctx.all_states:
+        for group in _param_groups(state):
+            group._post_forward_indices.clear()
+            group._training_state = idle
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+    root_state._comm_ctx.post_forward_order.clear()
+    root_state._state_ctx.iter_forward_root = None
 
 
 def _reshard_flat(module: FullyShardedDataParallel) -> None:
@@ -271,7 +279,7 @@ def forward_groups(module: nn.Module) -> tuple[list[dist.ProcessGroup], list[dis
         id(sharded.sharded_param): group.mesh_info.mesh.ndim
         for part in module.modules()
         if isinstance(part, FSDPModule)
-        for group in _param_groups(part)
+        for group in _param_groups(part._get_fsdp_state())
         for sharded in group.fsdp_params
     }
     together: dict[dist.ProcessGroup, None] = {}
@@ -287,11 +295,10 @@ def forward_groups(module: nn.Module) -> tuple[list[dist.ProcessGroup], list[dis
     return list(together), list(same_input)
 
 
-def _param_groups(module: FSDPModule) -> list[Any]:
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.13
+def _param_groups(fsdp2_state: Any) -> list[Any]:
+    if hasattr(fsdp2_state, "_fsdp_param_groups"):
+        return list(fsdp2_state._fsdp_param_groups)
+    return [] if fsdp2_state._fsdp_param_group is None else [fsdp2_state._fsdp_param_group]  # torch < 2.12
 
 
 def named_parts(module: nn.Module) -> dict[str, nn.Module]:

@@ -86,9 +86,8 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     if wrapper == "fsdp2+tp":
         fully_shard(model, mesh=mesh["outer"])
     if wrapper == "fsdp2":
-        if isinstance(model, Net):
-            fully_shard(model.up)
-        fully_shard(model)
+        parts = [fully_shard(model.up)] if isinstance(model, Net) else []
+        fully_shard(model).set_modules_to_forward_prefetch(parts)  # so that gathers are in flight
     return model
 
 

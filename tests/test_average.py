@@ -93,7 +93,7 @@ def test_update_makes_no_collective() -> None:
         average = ShardedAverage(model, EMA(0.9), process_group=group_of(wrapper))
         average.update()
         for call, is_silent in ((average.update, True), (dist.barrier, False)):  # the second: could it be heard?
-            with CommDebugMode() as mode, profile(activities=[ProfilerActivity.CPU]) as profiler:  # type: ignore[no-untyped-call]
+            with CommDebugMode() as mode, profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:  # type: ignore[no-untyped-call]
                 call()
             heard = [event.name for event in profiler.events() if "c10d::" in event.name or "gloo:" in event.name]
             assert (mode.get_total_counts() == 0 and not heard) == is_silent, (wrapper, heard)
@@ -131,7 +131,7 @@ def test_update_allocates_nothing_that_grows(dtype: torch.dtype, limit: int) -> 
     average = ShardedAverage(model, EMA(0.9))
     average.update()
     average.update()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True) as profiler:
         average.update()
     allocated = [event.self_cpu_memory_usage for event in profiler.events() if event.self_cpu_memory_usage > 0]
     assert sum(allocated) < limit, allocated

@@ -35,7 +35,7 @@ def conversions(num_slots: int) -> int:
     """Return how many elements an update of `num_slots` averages converts."""
     shards = shards_of(torch.bfloat16)
     groups = foreach.plan([[torch.zeros(shard.shape) for shard in shards] for _ in range(num_slots)], shards)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True, record_shapes=True) as profiler:
         foreach.lerp(groups, dict.fromkeys(range(num_slots), 0.5))
     return sum("copy" in event.name for event in profiler.events())
 

@@ -1,12 +1,14 @@
 """Looking never changes the run: after a swap, parameters, buffers, random state and further steps are the same."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -69,11 +71,12 @@ def look_and_fail_inside_a_forward(model: nn.Module, average: ShardedAverage) ->
     def fail(*_: Any) -> None:
         raise Stop
 
-    down = next(module for name, module in model.named_modules() if name.endswith("down"))
-    handle = down.register_forward_pre_hook(fail)
-    with pytest.raises(Stop), average.swapped_in():
-        model.eval()(DATA)
-    handle.remove()
+    for part in ("down", "up"):
+        module = next(module for name, module in model.named_modules() if name.endswith(part))
+        handle = module.register_forward_pre_hook(fail, prepend=True)  # before the gathered weights are waited for
+        with pytest.raises(Stop), average.swapped_in():
+            model.eval()(DATA)
+        handle.remove()
 
 
 def look_with_another_buffer(model: nn.Module, average: ShardedAverage) -> None:
@@ -138,6 +141,83 @@ def test_looking_never_changes_the_run(wrapper: str, num_ranks: int) -> None:
     if (wrapper, num_ranks) == ("tp", 4):
         num_ranks = 3  # DTensor's own forward does not split 6 features in 4
     assert run_on_ranks(differences, num_ranks, wrapper) == [[]] * num_ranks
+
+
+def gradients(wrapper: str, look: Callable[[nn.Module, ShardedAverage], None]) -> list[Tensor]:
+    """Return what two backward passes accumulate, the first one not synchronized, with a look between them."""
+    torch.manual_seed(dist.get_rank())
+    model = wrap(build(), wrapper)
+    average = ShardedAverage(model, process_group=group_of(wrapper))
+    average.update()
+    for is_last in (False, True):
+        with ExitStack() as stack:
+            if isinstance(model, FSDPModule) and wrapper == "hsdp":
+                model.set_requires_all_reduce(is_last)
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(is_last)
+            elif not is_last and isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+                stack.enter_context(model.no_sync())
+            model.train()(DATA + dist.get_rank() + is_last).square().mean().backward()
+        if not is_last:
+            look(model, average)
+    return [local(p.grad).clone() for p in model.parameters() if p.grad is not None]
+
+
+@on_ranks(4)
+def test_looking_keeps_gradients_that_accumulate() -> None:
+    found_other = []
+    for wrapper in sorted(set(WRAPPERS) - {"tp"}):  # its own forward does not split 6 features in 4
+        expected = gradients(wrapper, look_at_nothing)
+        for look in (look_twice, look_and_fail, look_and_fail_inside_a_forward):
+            found = gradients(wrapper, look)
+            if not all(torch.equal(*pair) for pair in zip(found, expected, strict=True)):
+                found_other.append((wrapper, look.__name__))
+    assert not found_other
+
+
+class Exiting(nn.Module):
+    """In training it uses both layers, in evaluation the first one only, as where a network may exit early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, given: Tensor) -> Tensor:
+        out: Tensor = self.first(given)
+        return self.second(out) if self.training else out
+
+
+def prefetching_fsdp1() -> nn.Module:
+    model, options = Exiting(), {"device_id": torch.device("cpu"), "forward_prefetch": True}
+    model.second = FullyShardedDataParallel(model.second, **options)  # type: ignore[assignment, arg-type]
+    return FullyShardedDataParallel(model, **options)  # type: ignore[arg-type]
+
+
+def prefetching_fsdp2() -> nn.Module:
+    model = Exiting()
+    second = fully_shard(model.second)
+    fully_shard(model).set_modules_to_forward_prefetch([second])
+    return model
+
+
+@on_ranks(2)
+def test_a_gather_that_an_evaluation_began_and_did_not_use_is_forgotten() -> None:
+    def weights(build_model: Callable[[], nn.Module], is_looking: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        average = ShardedAverage(model)
+        for step in range(4):
+            train(model, optimizer, 1, first=step)
+            average.update()
+            if is_looking:
+                with average.swapped_in(), torch.no_grad():
+                    model.eval()(DATA)
+        return [local(parameter.detach()) for parameter in model.parameters()]
+
+    for build_model in (prefetching_fsdp1, prefetching_fsdp2):
+        pairs = zip(weights(build_model, True), weights(build_model, False), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), build_model
 
 
 @on_ranks(2, 3)
