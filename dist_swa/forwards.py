@@ -135,7 +135,7 @@ def _lent_within(batch: Any, group: dist.ProcessGroup | None, device: torch.devi
 
     def place(storage: Any, location: str) -> Any:
         mine = location if location == "cpu" else str(device)  # the lender's "cuda:0" may be cuda:1 here
-        return torch.serialization.default_restore_location(storage, mine)  # type: ignore[no-untyped-call]
+        return torch.serialization.default_restore_location(storage, mine)
 
     received = bytearray(num_bytes)
     torch.frombuffer(received, dtype=torch.uint8).copy_(sent)

@@ -375,7 +375,7 @@ def _rows(shape: torch.Size, mesh: DeviceMesh) -> slice:
 def _as_dtensor(local: Tensor, layout: Layout, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
     # Not DTensor.from_local: it moves a local tensor that is kept on the CPU to the mesh's device.
     spec = DTensorSpec(*layout, tensor_meta=TensorMeta(shape, stride, local.dtype))
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return DTensor(local, spec, requires_grad=False)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         for images, labels in load_batches(train_data, args.seed, epoch, device):
             # The wrappers average gradients over ranks: scaled so, the result is the mean over the global batch.
             loss = F.cross_entropy(model(images), labels, reduction="sum") * dist.get_world_size() / GLOBAL_BATCH
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             swa.step()  # dist_swa: counts the step, and updates the average when it is due

@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -180,7 +181,7 @@ def micro_batches() -> dict[str, list[int]]:
         assert swa.schedule.now.samples == 4 * GLOBAL_BATCH
     for fused in (False, True):
         with accelerated("ddp") as accelerator:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            accelerator.scaler = GradScaler("cpu", init_scale=4.0)
             model = build()
             model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
             swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)

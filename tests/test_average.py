@@ -93,7 +93,7 @@ def test_update_makes_no_collective() -> None:
         average = ShardedAverage(model, EMA(0.9), process_group=group_of(wrapper))
         average.update()
         for call, is_silent in ((average.update, True), (dist.barrier, False)):  # the second: could it be heard?
-            with CommDebugMode() as mode, profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:  # type: ignore[no-untyped-call]
+            with CommDebugMode() as mode, profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
                 call()
             heard = [event.name for event in profiler.events() if "c10d::" in event.name or "gloo:" in event.name]
             assert (mode.get_total_counts() == 0 and not heard) == is_silent, (wrapper, heard)

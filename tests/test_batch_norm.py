@@ -274,7 +274,7 @@ def test_what_is_no_model_is_a_type_error() -> None:
 @on_ranks(4, timeout_s=HANG_S)
 def test_a_process_group_merges_its_own_ranks_only() -> None:
     rank = dist.get_rank()
-    group = [dist.new_group(members) for members in ([0, 2], [1, 3])][rank % 2]
+    group: Any = [dist.new_group(members) for members in ([0, 2], [1, 3])][rank % 2]
     batches = [batches_of(1 + r, seed=10 * r) for r in range(4)]
     for name, model, options in (
         ("plain", build(), {"process_group": group}),

@@ -67,7 +67,7 @@ def test_ranks_may_have_other_numbers_of_batches_and_none() -> None:
             recalibrate_batch_norm(model, samples, forward=forward, layerwise=layerwise)
             check = assert_layerwise_statistics if layerwise else assert_all_statistics
             check(model, build(), batches)
-            num_calls = [None] * dist.get_world_size()
+            num_calls: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(num_calls, len(calls))
             if wrapper in SHARDED:
                 assert len(set(num_calls)) == 1, "every forward on every rank"
@@ -83,7 +83,7 @@ def test_tensor_parallel_ranks_share_a_batch() -> None:
         data = 2 if wrapper == "fsdp2+tp" and ranks % 2 == 0 else 1
         size, everyones = ranks // data, [batches_of(3, seed=10 * d) + batches_of(d, seed=90) for d in range(data)]
         everywhere = [batch for batches in everyones for batch in batches]
-        groups = [dist.new_group([d * size + t for d in range(data)]) for t in range(size)]
+        groups: list[Any] = [dist.new_group([d * size + t for d in range(data)]) for t in range(size)]
         batches = everyones[rank // size]
         for case, mine in {
             "the same": batches,

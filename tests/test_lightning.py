@@ -182,7 +182,7 @@ def plain_loop(strategy: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]
     for _ in range(EPOCHS):
         for batch in zip(given.chunk(STEPS), wanted.chunk(STEPS), strict=True):
             optimizer.zero_grad()
-            loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, batch).backward()
             optimizer.step()
             swa.step()
             steps.append(read(model))
@@ -447,7 +447,7 @@ def test_fsdp1_attaches_and_resumes(tmp_path: Path) -> None:
 
     def train(it: Any, swa: SWACallback, model: nn.Module) -> None:
         for _ in range(3):
-            loss_of(model, (torch.ones(2, 4) * dist.get_rank(), torch.zeros(2, 4))).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, (torch.ones(2, 4) * dist.get_rank(), torch.zeros(2, 4))).backward()
             it.optimizers[0].step()
             it.global_step += 1
             swa.on_train_batch_end(it)

@@ -253,7 +253,7 @@ def test_averaging_helps_on_a_noisy_quadratic() -> None:
     for _ in range(steps):
         noise = torch.randn(size, generator=generator)
         optimizer.zero_grad()
-        (curvature / 2 * model.values.square() + noise * model.values).sum().backward()  # type: ignore[no-untyped-call]
+        (curvature / 2 * model.values.square() + noise * model.values).sum().backward()
         optimizer.step()
         average.update()
     ratio = float(averaged(average).square().mean() / model.values.detach().square().mean())

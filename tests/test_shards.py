@@ -144,7 +144,7 @@ def test_a_replica_in_tensor_parallelism_is_heard_on_every_axis() -> None:
 def test_finiteness_costs_one_small_all_reduce() -> None:
     for wrapper, num in (("plain", 0), ("ddp", 1), ("fsdp1", 1), ("fsdp2", 1), ("tp", 1), ("hsdp", 2)):
         average = ShardedAverage(wrap(build(), wrapper))
-        with CommDebugMode() as mode:  # type: ignore[no-untyped-call]
+        with CommDebugMode() as mode:
             average.is_model_finite()
         counts = {str(op): count for op, count in mode.get_comm_counts().items() if count}
         assert (list(counts.values()) or [0]) == [num], (wrapper, counts)

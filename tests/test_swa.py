@@ -183,7 +183,7 @@ def test_finalize_leaves_average_and_statistics_of_all_ranks() -> None:
     alone = build()
     oracle = weighted_sum(closed_form(Equal(), 3), trajectory(3, alone))
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    only_me, _ = dist.new_subgroups(1)  # type: ignore[no-untyped-call]
+    only_me, _ = dist.new_subgroups(1)
     mine = batches[rank::ranks] if ranks < 3 else batches[:1]  # a sharded model needs as many on every rank
     for wrapper in ("ddp", "fsdp2", "hsdp"):
         model = wrap(build(), wrapper)
@@ -210,7 +210,7 @@ def test_only_the_completing_step_communicates_under_ddp() -> None:
     swa = SWA(model, swa_start="1ba", swa_end="3ba", update_interval="1ba")
     counts = []
     for _ in range(4):
-        with CommDebugMode() as mode:  # type: ignore[no-untyped-call]
+        with CommDebugMode() as mode:
             swa.step()
         counts.append(mode.get_total_counts())
     assert counts[:2] == [0, 0]

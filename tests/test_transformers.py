@@ -33,7 +33,7 @@ KINDS = ["gpt2 ddp", "gpt2 fsdp2", "resnet ddp", "resnet fsdp2"]
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}
 
 
-class SmallResNetForImageClassification(ResNetForImageClassification):  # type: ignore[no-untyped-call]
+class SmallResNetForImageClassification(ResNetForImageClassification):
     def get_input_embeddings(self) -> Any:
         """None; accelerate asks for them under FSDP2, and transformers has no answer for a ResNet."""
 

@@ -9,7 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -43,7 +43,8 @@ class CheckpointFolder:
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"CheckpointFolder needs to keep one checkpoint or more, got keep={keep}; pass 1 or more")
         self.path, self._keep = Path(path), keep
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = cast("dist.ProcessGroup | None", group)
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._wait: Callable[[], None] | None = None
         with all_raise(self._group):
