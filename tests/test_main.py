@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def test_errors_are_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "link.safetensors"]
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Let SIGINT interrupt: where a shell has started pytest in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_an_interrupt_is_130_whatever_becomes_of_it(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_masked: bool
@@ -220,11 +230,10 @@ def test_an_interrupt_is_130_whatever_becomes_of_it(
             raise RuntimeError("enforce fail") if is_masked else error from None
 
     monkeypatch.setattr(CheckpointWriter, "write_data", interrupted)
-    before = signal.getsignal(signal.SIGINT)
     assert main(["merge", step(run, 6), "--key", "model", "--out", str(tmp_path / "out"), "--quiet"]) == 130
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
