@@ -110,6 +110,7 @@ class ShardedAverage:
         weights = [track.rule.weight(track.num_averaged + 1, elapsed) for track in tracks]
         if not self._shards.is_current():
             self._shards.follow()
+        if self._planned is not self._shards.averaged:
             self._plan_updates()
         slots, first = [], 0
         for track in tracks:
@@ -258,8 +259,9 @@ class ShardedAverage:
 
     def _plan_updates(self) -> None:
         """Pair averages with shards, once: in lists that foreach takes, split and staged where dtypes differ."""
+        self._planned = self._shards.averaged  # another list after each `follow`, whoever called that
         slots = [slot for track in self._tracks.values() for slot in track.slots]
-        self._updates = plan(slots, [shard.local for shard in self._shards.averaged])
+        self._updates = plan(slots, [shard.local for shard in self._planned])
 
     def _deployed(self, action: str, name: str | None) -> list[tuple[LocalShard, Tensor]]:
         """Return each parameter and persistent buffer of the averaged model, with this rank's part of it."""

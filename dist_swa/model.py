@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa.agreement import agreed_max, all_agree, check_replicas, fingerprint
 from dist_swa.names import NamePattern, select
@@ -164,13 +165,14 @@ class ModelShards:
         with torch.no_grad():
             values = [(shard, shard.held.clone()) for shard in [*self.averaged, *self.buffers]]
         # A forward under no_grad clears DDP's flag, and the next one would not broadcast buffers.
-        syncs = self._ddp is None or self._ddp.require_forward_param_sync
+        ddps = [part for part in (self._ddp, *self.module.modules()) if isinstance(part, DistributedDataParallel)]
+        syncs = [ddp.require_forward_param_sync for ddp in ddps]
         try:
             with kept_buffers(self.module):
                 yield
         finally:
-            if self._ddp is not None:
-                self._ddp.require_forward_param_sync = syncs
+            for ddp, is_syncing in zip(ddps, syncs, strict=True):
+                ddp.require_forward_param_sync = is_syncing
             self.reshard()
             with torch.no_grad():
                 for shard, held in values:

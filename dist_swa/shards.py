@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
-from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
@@ -185,24 +184,36 @@ def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel]) -> No
             _reshard_flat(module)
             continue
         state = module._get_fsdp_state()
-        if state._is_root and state._training_state.name == "FORWARD":  # a forward raised; it would not reshard
-            _end_forward(state)
+        if _has_unfinished_pass(state) and torch._C._current_graph_task_id() == -1:  # not inside a backward
+            _end_pass(state)
         for group in _param_groups(state):
             group.wait_for_unshard()  # what was prefetched and not used would count as the next forward's gather
         module.reshard()
 
 
-def _end_forward(root_state: Any) -> None:
-    """End a forward of FSDP2 that raised. Torch's own `reset_iter_state` would drop accumulated gradients as well."""
-    idle = type(root_state._training_state).IDLE
-    for state in root_state._state_ctx.all_states:
-        for group in _param_groups(state):
-            group._post_forward_indices.clear()
+def _has_unfinished_pass(state: Any) -> bool:
+    """Whether FSDP2 takes itself to be in a forward or backward: one has raised, or has run a part of a group only."""
+    states = [state._training_state, *(group._training_state for group in _param_groups(state))]
+    return state._state_ctx.post_backward_final_callback_queued or any(one.name != "IDLE" for one in states)
+
+
+def _end_pass(state: Any) -> None:
+    """Let FSDP2 forget such a pass. Torch's own `reset_iter_state` would drop gradients of earlier passes as well."""
+    context, idle = state._state_ctx, type(state._training_state).IDLE
+    for group in state._comm_ctx.post_forward_order:  # those of other roots, too, that share the communication
+        group._post_forward_indices.clear()
+    state._comm_ctx.post_forward_order.clear()
+    context.iter_forward_root = None
+    has_backward, context.post_backward_final_callback_queued = context.post_backward_final_callback_queued, False
+    for part in context.all_states:
+        part._training_state = idle
+        part._modules_to_run_forward.clear()
+        for group in _param_groups(part):
             group._training_state = idle
-        state._training_state = idle
-        state._modules_to_run_forward.clear()
-    root_state._comm_ctx.post_forward_order.clear()
-    root_state._state_ctx.iter_forward_root = None
+            for sharded in group.fsdp_params if has_backward and group.reduce_grads else ():
+                sharded.unsharded_accumulated_grad = None
+                if hasattr(sharded, "_unsharded_param"):
+                    sharded._unsharded_param.grad = None
 
 
 def _reshard_flat(module: FullyShardedDataParallel) -> None:
@@ -211,10 +222,12 @@ def _reshard_flat(module: FullyShardedDataParallel) -> None:
         return
     if module.training_state == TrainingState.FORWARD_BACKWARD:  # a forward raised
         module.training_state, handle._training_state = TrainingState.IDLE, HandleTrainingState.IDLE
-    if handle.uses_sharded_strategy:
-        _reshard(module, handle, True)
     elif handle._use_orig_params:
-        handle._use_sharded_views()
+        handle._writeback_orig_params()  # weights that were assigned, as by ``p.data = ...``
+    # As torch's `_reshard`, but for an event to its rate limiter, which only a forward takes out again.
+    handle.reshard(handle.uses_sharded_strategy)
+    handle.post_reshard()
+    handle._prefetched = False
 
 
 def find_flat_meshes(fsdp_modules: Iterable[Any]) -> dict[FullyShardedDataParallel, DeviceMesh]:

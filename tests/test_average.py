@@ -351,3 +351,35 @@ def refusal_of_late_wrapper() -> bool:
         with pytest.raises(ValueError, match=r"needs the parameters it was built on, .* after the model has its"):
             action()
     return True
+
+
+def replace_by_assign(model: nn.Linear) -> None:
+    model.load_state_dict({"weight": torch.ones(1, 2)}, assign=True)
+
+
+def replace_data(model: nn.Linear) -> None:
+    model.weight.data = torch.ones(1, 2)
+
+
+def replace_by_conversion(model: nn.Linear) -> None:
+    model.double().float()
+
+
+@pytest.mark.parametrize("replace_storage", [replace_by_assign, replace_data, replace_by_conversion])
+@pytest.mark.parametrize("look", ["swapped_in", "state_dict", "full_state_dict", "transfer", None])
+def test_update_finds_replaced_storage_whatever_has_looked_before(
+    replace_storage: Callable[[nn.Linear], None], look: str | None
+) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    average = ShardedAverage(model, Window(1))
+    average.update()
+    replace_storage(model)
+    if look == "swapped_in":
+        with average.swapped_in():
+            pass
+    elif look:
+        getattr(average, look)()
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    average.update()
+    assert average.full_state_dict()["weight"].tolist() == [[5.0, 5.0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -173,51 +173,6 @@ def test_looking_keeps_gradients_that_accumulate() -> None:
             if not all(torch.equal(*pair) for pair in zip(found, expected, strict=True)):
                 found_other.append((wrapper, look.__name__))
     assert not found_other
-
-
-class Exiting(nn.Module):
-    """In training it uses both layers, in evaluation the first one only, as where a network may exit early."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, given: Tensor) -> Tensor:
-        out: Tensor = self.first(given)
-        return self.second(out) if self.training else out
-
-
-def prefetching_fsdp1() -> nn.Module:
-    model, options = Exiting(), {"device_id": torch.device("cpu"), "forward_prefetch": True}
-    model.second = FullyShardedDataParallel(model.second, **options)  # type: ignore[assignment, arg-type]
-    return FullyShardedDataParallel(model, **options)  # type: ignore[arg-type]
-
-
-def prefetching_fsdp2() -> nn.Module:
-    model = Exiting()
-    second = fully_shard(model.second)
-    fully_shard(model).set_modules_to_forward_prefetch([second])
-    return model
-
-
-@on_ranks(2)
-def test_a_gather_that_an_evaluation_began_and_did_not_use_is_forgotten() -> None:
-    def weights(build_model: Callable[[], nn.Module], is_looking: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = build_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        average = ShardedAverage(model)
-        for step in range(4):
-            train(model, optimizer, 1, first=step)
-            average.update()
-            if is_looking:
-                with average.swapped_in(), torch.no_grad():
-                    model.eval()(DATA)
-        return [local(parameter.detach()) for parameter in model.parameters()]
-
-    for build_model in (prefetching_fsdp1, prefetching_fsdp2):
-        pairs = zip(weights(build_model, True), weights(build_model, False), strict=True)
-        assert all(torch.equal(*pair) for pair in pairs), build_model
 
 
 @on_ranks(2, 3)

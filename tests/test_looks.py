@@ -1,0 +1,204 @@
+"""Looks that leave something behind in FSDP1, FSDP2 or DDP: the training goes on as if nobody had looked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_swa import ShardedAverage, Window
+from ranks import on_ranks, run_on_ranks
+
+DATA = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+
+
+class Stop(Exception):
+    """Raised by a look."""
+
+
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, given: Tensor) -> Tensor:
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        raise Stop
+
+
+class Net(nn.Module):
+    """Leaves its head out in evaluation; raises where it was told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.offset = nn.Buffer(torch.zeros(4))
+        self.fails = ""
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(self.body(given))
+        hidden = hidden - self.offset.to(hidden.dtype)
+        if self.training:
+            self.offset.lerp_(hidden.detach().mean(0).float(), 0.1)
+        if self.fails == "forward":
+            raise Stop
+        if self.fails == "backward":
+            hidden = FailingBackward.apply(hidden)  # type: ignore[no-untyped-call]
+        hidden = self.norm(hidden)
+        return self.head(hidden) if self.training else hidden
+
+
+def fsdp1(**options: Any) -> nn.Module:
+    net = Net()
+    options |= {"device_id": torch.device("cpu"), "use_orig_params": True}
+    net.head = FullyShardedDataParallel(net.head, **options)  # type: ignore[assignment]
+    return FullyShardedDataParallel(net, **options)
+
+
+def fsdp1_unsharded_bf16() -> nn.Module:
+    return fsdp1(
+        sharding_strategy=ShardingStrategy.NO_SHARD, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16)
+    )
+
+
+def fsdp2() -> nn.Module:
+    net = Net()
+    head = fully_shard(net.head)
+    fully_shard(net).set_modules_to_forward_prefetch([head])
+    return net
+
+
+def fsdp2_in_groups() -> nn.Module:
+    net = Net()
+    fully_shard([net.norm, net.head], reshard_after_forward=False)  # as torchtitan does
+    fully_shard(net)
+    return net
+
+
+def ddp_inside() -> nn.Module:
+    net = Net()
+    return nn.Sequential(DistributedDataParallel(net), nn.Identity())
+
+
+def net_in(model: nn.Module) -> Net:
+    return next(module for module in model.modules() if isinstance(module, Net))
+
+
+def evaluate(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.eval()(DATA)
+
+
+def evaluate_the_norm(model: nn.Module) -> None:
+    with torch.no_grad():
+        net_in(model).norm(DATA)
+
+
+def fail_in_a_forward(model: nn.Module) -> None:
+    net_in(model).fails = "forward"
+    evaluate(model)
+
+
+def fail_in_a_backward(model: nn.Module) -> None:
+    net_in(model).fails = "backward"
+    model(DATA).sum().backward()
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = {
+    "FSDP1, a gather that is not used": (lambda: fsdp1(forward_prefetch=True), evaluate),
+    "FSDP1, a forward that raises in bfloat16": (fsdp1_unsharded_bf16, fail_in_a_forward),
+    "FSDP2, a gather that is not used": (fsdp2, evaluate),
+    "FSDP2, a forward that raises before a gather is used": (fsdp2, fail_in_a_forward),
+    "FSDP2, a backward that raises": (fsdp2, fail_in_a_backward),
+    "FSDP2, a part of a group": (fsdp2_in_groups, evaluate_the_norm),
+    "FSDP2, a backward of groups that raises": (fsdp2_in_groups, fail_in_a_backward),
+    "DDP inside of a module": (ddp_inside, evaluate),
+}
+
+
+def bits_of_a_run(case: str, is_looking: bool) -> list[Tensor]:
+    """Return losses, weights and the average of a training that looks after every step, or never."""
+    build, look = CASES[case]
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    average = ShardedAverage(model, Window(2))
+    losses = []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = (model.train()(DATA + step + dist.get_rank()) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        average.update()
+        losses.append(loss.detach())
+        if is_looking:
+            try:
+                with average.swapped_in():
+                    look(model)
+            except Stop:
+                net_in(model).fails = ""
+    averages = average.state_dict()["slots"]["0"].values()
+    return [*losses, *(local(tensor).clone() for tensor in (*averages, *model.parameters(), *model.buffers()))]
+
+
+def local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_as_if_nobody_had_looked(case: str) -> None:
+    run_on_ranks(compare, 2, case)
+
+
+def compare(case: str) -> None:
+    looked, never_looked = bits_of_a_run(case, True), bits_of_a_run(case, False)
+    assert all(torch.equal(*pair) for pair in zip(looked, never_looked, strict=True))
+
+
+def assigning_step(model: nn.Module) -> None:
+    """Step as optimizers do that give parameters new storage; FSDP1 takes it over in the next forward."""
+    model(DATA).square().mean().backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.shape == parameter.shape:
+            parameter.data = parameter.data - 0.1 * parameter.grad
+            parameter.grad = None
+
+
+@on_ranks(2)
+def test_fsdp1_keeps_weights_that_were_assigned() -> None:
+    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+        weights = []
+        for is_averaged in (True, False):
+            torch.manual_seed(0)
+            model = FullyShardedDataParallel(
+                nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True, sharding_strategy=strategy
+            )
+            average = ShardedAverage(model, Window(1)) if is_averaged else None
+            for _ in range(3):
+                assigning_step(model)
+                if average:
+                    average.update()
+            averaged = average.full_state_dict() if average else {}
+            with FullyShardedDataParallel.summon_full_params(model):
+                weights.append(next(model.parameters()).detach().clone())
+            assert not averaged or torch.equal(averaged["weight"], weights[-1]), strategy
+        assert torch.equal(*weights), strategy
+
+
+@on_ranks(2)
+def test_updates_do_not_fill_the_queue_of_fsdp1s_rate_limiter() -> None:
+    model = fsdp1()
+    average = ShardedAverage(model)
+    lengths = []
+    for _ in range(3):
+        model(DATA).sum().backward()
+        average.update()
+        queue: Any = model._free_event_queue
+        lengths.append(len(queue._queue))
+    assert lengths[1] == lengths[2]
