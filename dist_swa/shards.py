@@ -211,7 +211,8 @@ def _end_pass(state: Any) -> None:
         for group in _param_groups(part):
             group._training_state = idle
             for sharded in group.fsdp_params if has_backward and group.reduce_grads else ():
-                sharded.unsharded_accumulated_grad = None
+                if "unsharded_accumulated_grad" in vars(sharded):  # in torch 2.15, what follows
+                    sharded.unsharded_accumulated_grad = None
                 if hasattr(sharded, "_unsharded_param"):
                     sharded._unsharded_param.grad = None
 
