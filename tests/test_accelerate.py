@@ -1,9 +1,11 @@
 """Accelerate: DDP and its own FSDP1 and FSDP2 code, beside plain loops that know nothing of it."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.nn.parallel import DistributedDataParallel
 
 from accelerate_on_cpu import enter_fsdp, launched
-from dist_swa import SWA
+from dist_swa import SWA, recalibrate_batch_norm
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 from models import same_bits
 from ranks import run_on_ranks
@@ -195,6 +197,53 @@ def micro_batches() -> dict[str, list[int]]:
                 swa.step()
                 counts[name].append(swa.schedule.now.batches)
     return counts
+
+
+def looks_that_end_early() -> dict[str, int]:
+    """The steps of two epochs of 5 batches, 3 for a step and 2 for the last one, with a look in each."""
+    steps = {}
+    for look in ("none", "whole", "part"):
+        with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
+            model = nn.Sequential(build(), nn.BatchNorm1d(3))
+            rows = [batch(step)[i] for step in range(5) for i in range(4)]
+            loaders: list[Any] = [torch.utils.data.DataLoader(rows, 2) for _ in range(2)]  # type: ignore[arg-type]
+            model, optimizer, *loaders = accelerator.prepare(model, torch.optim.SGD(model.parameters()), *loaders)
+            swa = prepare_swa(accelerator, model, optimizer, swa_start="0ba")
+            for _ in range(2):
+                for i, given in enumerate(loaders[0]):
+                    with accelerator.accumulate(model):
+                        accelerator.backward(model(given).square().mean())
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        swa.step()
+                    if i == 2 and look != "none":
+                        with swa.swapped_in():
+                            recalibrate_batch_norm(model, loaders[1], max_batches=2 if look == "part" else None)
+            steps[look] = swa.schedule.now.batches
+    return steps
+
+
+def test_a_look_that_leaves_its_loader_early_does_not_change_the_run() -> None:
+    assert run_on_ranks(looks_that_end_early, 2)[1] == dict.fromkeys(("none", "whole", "part"), 4)
+
+
+def trainings_one_after_the_other(folder: Path) -> None:
+    """`find_executable_batch_size` frees what a training that did not fit has prepared."""
+    with accelerated("ddp") as accelerator:
+        for _ in range(2):
+            model, optimizer, swa = prepared(accelerator, "ddp")
+            train(accelerator, model, optimizer, swa, 0, START)
+            assert swa.num_averaged == 1
+            accelerator.save_state(str(folder))
+            accelerator.free_memory()
+    gone = weakref.ref(accelerator)
+    del accelerator, model, optimizer, swa
+    gc.collect()
+    assert gone() is None
+
+
+def test_free_memory_makes_room_for_another_training(tmp_path: Path) -> None:
+    run_on_ranks(trainings_one_after_the_other, 2, tmp_path)
 
 
 def test_counts_real_optimizer_steps() -> None:

@@ -372,6 +372,33 @@ def test_an_error_in_a_validation_gives_the_trained_weights_back(strategy: str, 
 
 @on_ranks(2)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_inside_of_a_validation_has_the_trained_weights(strategy: str, tmp_path: Path) -> None:
+    class Saves(Module):
+        def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if len(self.steps) == STEPS and batch_idx == 0:  # as Lightning does on a signal of SLURM
+                with pytest.warns(UserWarning, match="ends the look at them"):
+                    self.trainer.save_checkpoint(tmp_path / "saved")
+
+    class Beginning(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert isinstance(pl_module, Module)
+            assert swa.swa is not None
+            self.weights, self.average = read(pl_module.net), swa.swa.average.full_state_dict()
+
+    module, swa, beginning = Saves(), SWACallback(**SCHEDULE), Beginning()
+    fit(module, [swa], strategy, look=True)
+    torch.testing.assert_close(module.looks[2], mean(module.steps[2:STEPS]))  # after two of the sanity check
+    assert same_bits(module.looks[3], module.steps[STEPS - 1])
+    swa = SWACallback(**SCHEDULE)
+    fit(Module(), [swa, beginning], strategy, resume=tmp_path / "saved")
+    assert same_bits(beginning.weights, module.steps[STEPS - 1])
+    if dist.get_rank() == 0:
+        torch.testing.assert_close(beginning.average, mean(module.steps[2:STEPS], "net."))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_batch_norm_is_recalibrated_from_the_training_batches(strategy: str) -> None:
     class Shifted(Module):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

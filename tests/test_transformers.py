@@ -1,5 +1,6 @@
 """Hugging Face Trainer: DDP and accelerate's own FSDP2 code, with models from a config, beside plain loops."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -234,9 +235,11 @@ class Endless(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
 def uses(folder: Path) -> None:
     enter_fsdp()
-    kind, start = "gpt2 ddp", {"swa_start": f"{START}ba"}
+    kind = "gpt2 ddp"
+    start: dict[str, Any] = {"swa_start": f"{START}ba"}
+    phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
     with launched():
-        rates, phase = Rates(), {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+        rates = Rates()
         callback = SWACallback(**start, **phase, evaluate="averaged")
         trainer = trainer_for(
             kind,
@@ -326,6 +329,105 @@ def alone(folder: Path) -> None:
     assert callback.swa.num_averaged == STEPS - START + 1
     assert same_bits(trainer.model.state_dict(), callback.swa.average.full_state_dict())  # type: ignore[union-attr]
     check_statistics("resnet", trainer.model.state_dict())  # type: ignore[union-attr]
+
+
+class Interrupts(TrainerCallback):
+    """Raises in an event of a step."""
+
+    def __init__(self, event: str, step: int) -> None:
+        setattr(self, event, self._raise)
+        self.step = step
+
+    def _raise(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise ZeroDivisionError
+
+
+class AskedToSave(TrainerCallback):
+    """Does at a step what the handler of SIGTERM does."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (jit,) = (one for one in kwargs["model"].callbacks if type(one).__name__ == "JITCheckpointCallback")
+        jit.jit_manager.is_checkpoint_requested = state.global_step == STOP
+
+
+class OwnLoss(Trainer):
+    """Takes something out of a batch that the model does not."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("weight")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def interrupted(folder: Path) -> None:
+    """Stopped by an error or a signal, at any moment, the run goes on with its average."""
+    start: dict[str, Any] = {"swa_start": f"{START}ba"}
+
+    def run(name: str, *more: TrainerCallback, resume: bool = False, **options: Any) -> tuple[SWACallback, Any]:
+        callback = SWACallback(**start)
+        trainer: Any = trainer_for("gpt2", folder / name, *more, callback, **options)
+        trainer.model.callbacks = trainer.callback_handler.callbacks
+        if more:
+            with contextlib.suppress(ZeroDivisionError):
+                trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=resume)
+        return callback, trainer
+
+    whole = run("whole")[0].swa.average.full_state_dict()
+    # Between the Trainer's own files and on_save of what comes later, when the checkpoint before is gone.
+    often: dict[str, Any] = {"save_steps": 2, "save_total_limit": 1}
+    run("saving", Interrupts("on_save", STOP), **often)
+    resumed = run("saving", resume=True, **often)[0].swa
+    assert (resumed.num_averaged, same_bits(resumed.average.full_state_dict(), whole)) == (STEPS - START + 1, True)
+    # At the last step, within an epoch: the Trainer itself makes one step more when it resumes there.
+    run("last", Interrupts("on_save", 3), max_steps=3, save_steps=1, num_train_epochs=2)
+    callback, trainer = run("last", resume=True, max_steps=3)
+    assert (trainer.state.global_step, callback.swa.num_averaged) == (4, 1)
+    # On SIGTERM, for which there is no event.
+    run("signal", AskedToSave(), enable_jit_checkpoint=True, save_strategy="no")
+    assert (folder / f"signal/checkpoint-{STOP}").exists()
+    assert same_bits(run("signal", resume=True)[0].swa.average.full_state_dict(), whole)
+    # By hand, and then with another callback.
+    _, trainer = run("another", Interrupts("on_step_end", STOP))
+    for refused in (SWACallback(swa_start="9sp"), SWACallback(**start)):
+        trainer.remove_callback(SWACallback)
+        trainer.remove_callback(Interrupts)
+        trainer.add_callback(refused)
+        with contextlib.suppress(ValueError):
+            trainer.train()
+    assert refused.swa.num_averaged == STEPS - START + 1
+    assert not {"evaluate", "_save_checkpoint"} & set(vars(trainer))
+
+
+def own_batches(folder: Path) -> None:
+    """A loss of its own takes a forward of its own; loaders of the training data do not stay."""
+    seen = []
+
+    def forward(module: nn.Module, batch: dict[str, Tensor]) -> None:
+        seen.append(module(pixel_values=batch["pixel_values"]))
+
+    for finalize_options in ({"forward": forward}, None):
+        callback = SWACallback(swa_start=f"{START}ba", finalize_options=finalize_options)
+        options: dict[str, Any] = {"remove_unused_columns": False, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = trainer_for("resnet", folder, callback, **options)
+        if finalize_options:
+            trainer.__class__ = OwnLoss
+            trainer.train_dataset = [row | {"weight": torch.ones(())} for row in data("resnet")]
+            trainer.eval_dataset = trainer.train_dataset[:GLOBAL_BATCH]
+        trainer.train()
+        loaders = trainer.accelerator._dataloaders
+        assert sum(loader.dataset is trainer.train_dataset for loader in loaders) == 1
+        assert len(seen) == 2 * (STEPS - START + 2)  # batches, in each evaluation of the average and at the end
+        check_statistics("resnet", trainer.model.state_dict())  # type: ignore[union-attr]
+
+
+def test_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    run_on_ranks(interrupted, 1, tmp_path)
+
+
+def test_a_forward_of_ones_own(tmp_path: Path) -> None:
+    run_on_ranks(own_batches, 1, tmp_path)
 
 
 def test_follows_the_trainer(tmp_path: Path) -> None:

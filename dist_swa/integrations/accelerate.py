@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ except ModuleNotFoundError as error:
 from dist_swa import SWA, checkpoint
 
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-_names: WeakKeyDictionary[Accelerator, set[str]] = WeakKeyDictionary()  # of the averages in its checkpoints
+# By their names in its checkpoints. Weak, for an average refers to its accelerator, whose hooks keep it alive.
+_attached: WeakKeyDictionary[Accelerator, WeakValueDictionary[str, AcceleratedSWA]] = WeakKeyDictionary()
 
 
 class AcceleratedSWA(SWA):
@@ -35,9 +37,9 @@ class AcceleratedSWA(SWA):
         self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, name: str, **options: Any
     ) -> None:
         super().__init__(model, optimizer.optimizer, **options)
-        names = _names.setdefault(accelerator, set())
-        names.add(name)
-        self._accelerator = accelerator
+        attached = _attached.setdefault(accelerator, WeakValueDictionary())
+        attached[name] = self
+        self._accelerator, self._prepared = accelerator, optimizer
         self._steps: set[bool] = set()  # since the last `step`: was there one at a rate above 0 (True), at 0 (False)?
         self._samples = self._tokens = 0
         self._undo: list[Callable[[], Any]] = [
@@ -46,7 +48,7 @@ class AcceleratedSWA(SWA):
                 lambda models, weights, folder: self.save(Path(folder, name))
             ).remove,
             accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder, name))).remove,
-            lambda: names.discard(name),
+            lambda: attached.pop(name),
         ]
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> bool:
@@ -65,10 +67,24 @@ class AcceleratedSWA(SWA):
         self._steps.clear()
         return updated
 
-    def state_dict(self) -> dict[str, Any]:
-        # DCP steps an optimizer without a state, as plain SGD, at a rate of 0 whenever it saves it.
+    def forget_idle_steps(self) -> None:
+        """Do not count steps at a rate of 0: DCP so steps an optimizer without a state, as SGD, when it saves it."""
         self._steps.discard(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.forget_idle_steps()
         return super().state_dict()
+
+    @contextmanager
+    def swapped_in(self, name: str | None = None) -> Iterator[None]:
+        """`SWA.swapped_in`; a loader that is left early inside, as by ``max_batches``, does not displace the run's."""
+        state = self._accelerator.gradient_state
+        loaders = list(state.dataloader_references)
+        try:
+            with super().swapped_in(name):
+                yield
+        finally:
+            state.dataloader_references = loaders
 
     def save(self, folder: Path) -> None:
         """Save the average into `folder`, in place of what is there. A collective. Raises what checkpoint.save does."""
@@ -144,7 +160,10 @@ def prepare_swa(
         )
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
-    if name in _names.get(accelerator, ()):
+    for swa in list(_attached.get(accelerator, {}).values()):
+        if not any(swa._prepared is one for one in accelerator._optimizers):
+            swa.detach()  # accelerator.free_memory has let go of what it averages
+    if name in _attached.get(accelerator, ()):
         raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
     return AcceleratedSWA(
         accelerator, model, optimizer, name, swa_end=swa_end, update_interval=update_interval, **options

@@ -60,7 +60,8 @@ class SWACallback(Callback):
             not taken.
 
     Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts; what
-    `SWA` raises; RuntimeError for ``save_checkpoint`` inside of a validation of averages. Every rank saves checkpoints
+    `SWA` raises. A checkpoint that is saved inside of a validation of averages, as on a signal of SLURM, ends the look
+    at them: what is left of that validation sees trained weights, with a warning. Every rank saves checkpoints
     together, as Lightning demands; one that is no folder costs an all-gather of the average, and its memory on the
     first rank.
     """
@@ -74,7 +75,7 @@ class SWACallback(Callback):
         self._evaluates_average = evaluate == "averaged"
         self._finalize_options = dict(finalize_options or {})
         self._options = {"swa_end": None, "update_interval": "1ba", **options}
-        self._swap = ExitStack()
+        self._swap, self._is_looking = ExitStack(), False
         self._saved: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -154,6 +155,8 @@ class SWACallback(Callback):
         swa = self.swa if trainer.state.fn == TrainerFn.FITTING else None  # None: before the first step, too
         if swa is not None and self._evaluates_average and swa.started and not swa.completed:
             self._swap.enter_context(swa.swapped_in())
+            self._swap.callback(setattr, self, "_is_looking", False)
+            self._is_looking = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.close()
@@ -164,6 +167,10 @@ class SWACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.swa is None:
             return
+        if self._is_looking:  # as on a signal of SLURM; the rest of the validation sees trained weights
+            warnings.warn("a checkpoint inside of a validation of averages ends the look at them", stacklevel=2)
+            self._swap.close()
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         weights = checkpoint["state_dict"]
         if any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values()):
             weights[_KEY] = self.swa.state_dict()  # Lightning writes this part by DCP, every rank its shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class SWACallback(TrainerCallback):
         evaluate: what ``Trainer.evaluate`` looks at once models are averaged and until training ends: "averaged"
             weights, with metrics named ``eval_swa_*``, "trained" ones, or "both". `metric_for_best_model` (of early
             stopping, say, or of a plateau) has to be one that every evaluation has, of trained weights.
+        finalize_options: of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` where a Trainer
+            computes its loss in a way of its own.
         options: of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
 
     Raises ValueError for another `evaluate`; when training begins ValueError for ``load_best_model_at_end``, which the
@@ -42,14 +44,18 @@ class SWACallback(TrainerCallback):
     training data.
     """
 
-    def __init__(self, *, evaluate: str = "both", **options: Any) -> None:
+    def __init__(
+        self, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         if evaluate not in _CHOICES:
             raise ValueError(f"evaluate needs one of {', '.join(_CHOICES)}, got {evaluate=}; 'both' is the default")
         self.swa: AcceleratedSWA
         self._trainer: Any  # its types do not know that training has prepared model and optimizer
         self._choice = evaluate
         self._options = options
-        self._evaluate_trained: Callable[..., dict[str, float]]  # the Trainer's own method
+        self._finalize_options = dict(finalize_options or {})
+        self._evaluate_trained: Callable[..., dict[str, float]]  # the Trainer's own methods
+        self._save_trained: Callable[..., None]
         self._is_evaluating = False
 
     def on_train_begin(
@@ -58,6 +64,9 @@ class SWACallback(TrainerCallback):
         if hasattr(self, "_trainer"):
             self._detach()  # from one whose training raised
         self._trainer, checkpoint = _calling_trainer()
+        previous = getattr(vars(self._trainer).get("_save_checkpoint"), "__self__", None)
+        if isinstance(previous, SWACallback):
+            previous._detach()  # one whose training raised, and which then was removed
         callbacks = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, SWACallback)]
         if len(callbacks) > 1:
             raise RuntimeError(
@@ -77,27 +86,33 @@ class SWACallback(TrainerCallback):
         self.swa = prepare_swa(
             self._trainer.accelerator, self._trainer.model_wrapped, self._trainer.optimizer, **(length | self._options)
         )
+        # No event comes before an evaluation; on_save comes when older checkpoints are gone, and not on a SIGTERM.
+        self._save_trained, self._trainer._save_checkpoint = self._trainer._save_checkpoint, self._save
+        if self._choice != "trained":
+            self._evaluate_trained, self._trainer.evaluate = self._trainer.evaluate, self._evaluate
         if units := sorted(self.swa.schedule.units & {"sp", "tok"}):
             raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
         if checkpoint is not None and not self.swa.load(Path(checkpoint, "dist_swa")):
             self.swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
-        if self._choice != "trained":
-            self._evaluate_trained = self._trainer.evaluate
-            self._trainer.evaluate = self._evaluate  # no event comes before an evaluation
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.swa.step()  # the scheduler has stepped
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step <= state.max_steps:  # resumed at the end, within an epoch, the Trainer makes one more
+            self.swa.step()  # the scheduler has stepped
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         if self.swa.schedule.steps_per_epoch is None:
             self.swa.end_epoch()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.swa.save(Path(str(args.output_dir), f"checkpoint-{state.global_step}", "dist_swa"))
-
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._detach()
-        self.swa.finalize(self._batches())
+        self.swa.finalize(self._batches(), **self._finalize_options)
+
+    def _save(self, model: Any, trial: Any) -> None:
+        """``Trainer._save_checkpoint``, the average first."""
+        folder = f"checkpoint-{self._trainer.state.global_step}"
+        self.swa.save(Path(self._trainer._get_output_dir(trial=trial), folder, "dist_swa"))
+        self._save_trained(model, trial)
+        self.swa.forget_idle_steps()
 
     def _evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
@@ -115,19 +130,26 @@ class SWACallback(TrainerCallback):
         try:
             metrics = evaluate(metric_key_prefix) if self._choice == "both" else {}
             with self.swa.swapped_in():
-                recalibrate_batch_norm(self._trainer.model, self._batches())
+                recalibrate_batch_norm(self._trainer.model, self._batches(), **self._finalize_options)
                 return metrics | evaluate(f"{metric_key_prefix}_swa")
         finally:
             self._is_evaluating = False
 
     def _batches(self) -> Iterator[Any]:
-        yield from self._trainer.get_train_dataloader()  # a new one: the loader of the run has a place in its epoch
+        loaders = self._trainer.accelerator._dataloaders
+        num_loaders = len(loaders)
+        try:
+            yield from self._trainer.get_train_dataloader()  # a new one: that of the run has a place in its epoch
+        finally:
+            del loaders[num_loaders:]  # accelerate would keep it, with its workers
 
     def _detach(self) -> None:
-        if vars(self._trainer).get("evaluate") == self._evaluate:
-            del self._trainer.evaluate
-            if self._trainer.evaluate != self._evaluate_trained:  # it was put there, too
-                self._trainer.evaluate = self._evaluate_trained
+        own = {"evaluate": self._evaluate, "_save_checkpoint": self._save}
+        for name in [name for name, method in own.items() if vars(self._trainer).get(name) == method]:
+            before = self._evaluate_trained if name == "evaluate" else self._save_trained
+            delattr(self._trainer, name)
+            if getattr(self._trainer, name) != before:  # it was put there, too
+                setattr(self._trainer, name, before)
         if hasattr(self, "swa"):
             self.swa.detach()
 
