@@ -22,7 +22,7 @@ from dist_swa.forwards import Forward, Ranks, call, prepared, run_forwards
 from dist_swa.moments import merge_ranks
 from dist_swa.names import NamePattern, select
 from dist_swa.norms import LayerUnderway, Norm, find_norms, local_sync_batch_norm, statistics_of
-from dist_swa.shards import find_fsdp_modules, forward_groups, reshard, unwrap, write_into
+from dist_swa.shards import find_fsdp_modules, forward_groups, kept_broadcasts, reshard, unwrap, write_into
 
 
 def recalibrate_batch_norm(
@@ -163,7 +163,10 @@ def _unchanged(module: nn.Module, layers: Iterable[LayerUnderway]) -> Iterator[N
     # A model that was compiled has loaded torch._dynamo, which takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with eager, local_sync_batch_norm({layer.layer for layer in layers}):
+        local = local_sync_batch_norm({layer.layer for layer in layers})
+        with eager, local, kept_broadcasts(module.modules()) as ddps:
+            for ddp in ddps:  # that are not outermost
+                ddp.require_forward_param_sync = False  # so that ranks may have other numbers of batches
             for part, _ in modes:
                 part.training = False  # not eval(), which models override
             yield

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa.agreement import agreed_max, all_agree, check_replicas, fingerprint
 from dist_swa.names import NamePattern, select
@@ -27,6 +26,7 @@ from dist_swa.shards import (
     find_parameters,
     identity,
     is_first_rank,
+    kept_broadcasts,
     kept_buffers,
     reshard,
     unwrap,
@@ -164,15 +164,10 @@ class ModelShards:
         """
         with torch.no_grad():
             values = [(shard, shard.held.clone()) for shard in [*self.averaged, *self.buffers]]
-        # A forward under no_grad clears DDP's flag, and the next one would not broadcast buffers.
-        ddps = [part for part in (self._ddp, *self.module.modules()) if isinstance(part, DistributedDataParallel)]
-        syncs = [ddp.require_forward_param_sync for ddp in ddps]
         try:
-            with kept_buffers(self.module):
+            with kept_broadcasts((self._ddp, *self.module.modules())), kept_buffers(self.module):
                 yield
         finally:
-            for ddp, is_syncing in zip(ddps, syncs, strict=True):
-                ddp.require_forward_param_sync = is_syncing
             self.reshard()
             with torch.no_grad():
                 for shard, held in values:

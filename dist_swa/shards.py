@@ -186,6 +186,7 @@ def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel]) -> No
         state = module._get_fsdp_state()
         if _has_unfinished_pass(state) and torch._C._current_graph_task_id() == -1:  # not inside a backward
             _end_pass(state)
+        state._state_ctx.post_optim_event = None  # it may lie before what is written now; all waits without it
         for group in _param_groups(state):
             group.wait_for_unshard()  # what was prefetched and not used would count as the next forward's gather
         module.reshard()
@@ -246,7 +247,9 @@ def find_parameters(
     flat_meshes: Mapping[FullyShardedDataParallel, DeviceMesh],
 ) -> list[LocalShard]:
     """Return this rank's shards of the parameters; those that are not sharded are replicas on `replica_mesh`."""
-    prefixes = {part: name for name, part in module.named_modules()}
+    prefixes: dict[nn.Module, list[str]] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        prefixes.setdefault(part, []).append(prefix)
     flat = [shard for part, mesh in flat_meshes.items() for shard in _find_flat(prefixes[part], part, mesh)]
     names = {name for shard in flat for name in shard.names}
     others = _find(module, "_parameters", replica_mesh)
@@ -270,6 +273,18 @@ def identity(module: nn.Module, parameters: Iterable[LocalShard]) -> tuple[list[
     parts = list(module.modules())
     buffers = [key for part in parts for key, buffer in part._buffers.items() if buffer is not None]
     return storages, buffers, [id(part) for part in parts]
+
+
+@contextmanager
+def kept_broadcasts(modules: Iterable[Any]) -> Iterator[list[DistributedDataParallel]]:
+    """Give back, on exit, whether DDP broadcasts buffers in its next forward; one under no_grad changes that."""
+    ddps = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    flags = [ddp.require_forward_param_sync for ddp in ddps]
+    try:
+        yield ddps
+    finally:
+        for ddp, flag in zip(ddps, flags, strict=True):
+            ddp.require_forward_param_sync = flag
 
 
 @contextmanager
@@ -341,8 +356,8 @@ def _find(module: nn.Module, kind: str, replica_mesh: DeviceMesh | None = None) 
     return shards
 
 
-def _find_flat(prefix: str, module: FullyShardedDataParallel, mesh: DeviceMesh) -> list[LocalShard]:
-    """Return the pieces of the parameters that one FSDP1 module has flattened."""
+def _find_flat(prefixes: Iterable[str], module: FullyShardedDataParallel, mesh: DeviceMesh) -> list[LocalShard]:
+    """Return the pieces of the parameters that one FSDP1 module has flattened, which may have several parents."""
     handle = cast(FlatParamHandle, module._handle)
     flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
     tied: dict[str, list[str]] = {}
@@ -351,7 +366,8 @@ def _find_flat(prefix: str, module: FullyShardedDataParallel, mesh: DeviceMesh) 
         tied.setdefault(name, []).append(f"{shared.module_name}.{shared.param_name}")
     shards = []
     for i, (name, shape, info) in enumerate(zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True)):
-        names = tuple(clean_name(f"{prefix}.{name}") for name in (name, *tied.get(clean_name(name), ())))
+        tied_names = (name, *tied.get(clean_name(name), ()))
+        names = tuple(clean_name(f"{prefix}.{tied_name}") for prefix in prefixes for tied_name in tied_names)
         offset = info.offset_in_shard or 0
         piece = FlatPiece(
             slice(offset, offset + (info.numel_in_shard or 0)), info.intra_param_start_idx or 0, not is_sharded

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from batch_norm_oracle import (
@@ -73,6 +74,15 @@ def test_ranks_may_have_other_numbers_of_batches_and_none() -> None:
                 assert len(set(num_calls)) == 1, "every forward on every rank"
             else:
                 assert len(calls) == (1 + layerwise) * len(samples)
+
+
+@on_ranks(2, timeout_s=HANG_S)
+def test_ddp_inside_of_a_module_waits_for_nobody() -> None:
+    ddp = DistributedDataParallel(build())
+    batches = batches_of(3)
+    recalibrate_batch_norm(nn.Sequential(ddp), batches if dist.get_rank() == 0 else [])
+    assert_all_statistics(ddp, build(), batches)
+    assert ddp.require_forward_param_sync
 
 
 @on_ranks(1, 2, 3, 4, timeout_s=HANG_S)

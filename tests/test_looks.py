@@ -1,5 +1,6 @@
 """Looks that leave something behind in FSDP1, FSDP2 or DDP: the training goes on as if nobody had looked."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -202,3 +203,41 @@ def test_updates_do_not_fill_the_queue_of_fsdp1s_rate_limiter() -> None:
         queue: Any = model._free_event_queue
         lengths.append(len(queue._queue))
     assert lengths[1] == lengths[2]
+
+
+class Shared(nn.Module):
+    """One layer in two places, as the embeddings of an encoder and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+        self.block = nn.Sequential(self.first, nn.Linear(4, 4))
+
+    def forward(self, given: Tensor) -> Tensor:
+        out: Tensor = self.block(self.first(given))
+        return out
+
+
+@on_ranks(2)
+def test_a_module_that_fsdp1_wraps_once_has_all_its_names() -> None:
+    warnings.filterwarnings("ignore", "FlatParameter is being traversed more than once")
+    model = FullyShardedDataParallel(Shared(), device_id=torch.device("cpu"))
+    average = ShardedAverage(model, Window(1))
+    model(DATA).sum().backward()
+    average.update()
+    names = [f"{module}.{key}" for module in ("first", "block.0", "block.1") for key in ("weight", "bias")]
+    full = average.full_state_dict()
+    assert sorted(full) == (sorted(names) if dist.get_rank() == 0 else [])
+    assert not full or torch.equal(full["first.weight"], full["block.0.weight"])
+
+
+@on_ranks(2)
+def test_the_next_forward_does_not_wait_for_an_event_before_the_look() -> None:
+    model = nn.Linear(4, 4)
+    sharded = fully_shard(model)
+    average = ShardedAverage(model)
+    average.update()
+    sharded.set_post_optim_event(torch.Event("cpu"))
+    with average.swapped_in():
+        pass
+    assert sharded._get_fsdp_state()._state_ctx.post_optim_event is None
