@@ -50,7 +50,8 @@ class Net(nn.Module):
         if self.fails == "forward":
             raise Stop
         if self.fails == "backward":
-            hidden = FailingBackward.apply(hidden)  # type: ignore[no-untyped-call]
+            apply: Any = FailingBackward.apply
+            hidden = apply(hidden)
         hidden = self.norm(hidden)
         return self.head(hidden) if self.training else hidden
 

@@ -33,7 +33,8 @@ class SWACallback(TrainerCallback):
     Args:
         evaluate: what ``Trainer.evaluate`` looks at once models are averaged and until training ends: "averaged"
             weights, with metrics named ``eval_swa_*``, "trained" ones, or "both". `metric_for_best_model` (of early
-            stopping, say, or of a plateau) has to be one that every evaluation has, of trained weights.
+            stopping, say, or of a plateau) has to be one that every evaluation has, of trained weights. (With "both",
+            EarlyStoppingCallback warns after each that it is disabled; it is not.)
         finalize_options: of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` where a Trainer
             computes its loss in a way of its own.
         options: of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
