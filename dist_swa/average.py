@@ -93,11 +93,12 @@ class ShardedAverage:
 
     @torch.no_grad()
     def update(self, elapsed: Elapsed = None) -> None:
-        """Average the model as it is now, whenever called. Local; moves 12 bytes per local float32 parameter.
+        """Average the model as it is now, after whichever step. Local; moves 12 bytes per local float32 parameter.
 
         `elapsed` is the training since the last update, where a rule has a half-life: a number in its unit, or a
-        mapping such as ``{"ba": 1, "tok": 4096}``. Raises RuntimeError inside `swapped_in`, and ValueError where the
-        model has other parameters than the average; nothing has changed then.
+        mapping such as ``{"ba": 1, "tok": 4096}``. Raises RuntimeError inside `swapped_in` and, of a sharded model,
+        inside a backward, and ValueError where the model has other parameters than the average; nothing has changed
+        then. (Not between the forward of a part of an FSDP2 group and its backward, which it would end.)
         """
         self.require("update", outside_of_a_swap=True)
         tracks = self._tracks.values()

@@ -179,7 +179,7 @@ def _unchanged(module: nn.Module, layers: Iterable[LayerUnderway]) -> Iterator[N
             if getattr(part, name, None) is not buffer:
                 setattr(part, name, buffer)
             write_into(buffer, values)
-        reshard(find_fsdp_modules(module))
+        reshard(find_fsdp_modules(module), forget_gathers=True)
 
 
 def _check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bool) -> None:

@@ -143,6 +143,7 @@ class ModelShards:
 
     def write(self, averages: Sequence[Tensor]) -> None:
         """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
+        reshard(self._fsdp_modules, forget_gathers=True)
         for shard, average in zip(self.averaged, averages, strict=True):
             whole = average if shard.rows is None else shard.gathered(average.to(shard.tensor.dtype))
             write_into(shard.held, whole)
@@ -168,7 +169,7 @@ class ModelShards:
             with kept_broadcasts((self._ddp, *self.module.modules())), kept_buffers(self.module):
                 yield
         finally:
-            self.reshard()
+            reshard(self._fsdp_modules, forget_gathers=True)
             with torch.no_grad():
                 for shard, held in values:
                     write_into(shard.held, held)

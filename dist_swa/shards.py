@@ -177,18 +177,25 @@ def find_fsdp_modules(module: nn.Module) -> list[FSDPModule | FullyShardedDataPa
     return [part for part in module.modules() if isinstance(part, FSDPModule | FullyShardedDataParallel)]
 
 
-def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel]) -> None:
-    """Free unsharded parameters, so that the shards are what counts. See [Note: stale unsharded weights]."""
+def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel], *, forget_gathers: bool = False) -> None:
+    """Free unsharded parameters, so that the shards are what counts. See [Note: stale unsharded weights].
+
+    `forget_gathers`: of FSDP2 those under way, too, as shards are about to be written. RuntimeError inside a backward.
+    """
+    if fsdp_modules and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError("a sharded model needs its backward to have ended, got a call inside of it; call it after")
     for module in fsdp_modules:  # a root comes before what is inside it
         if isinstance(module, FullyShardedDataParallel):
             _reshard_flat(module)
             continue
         state = module._get_fsdp_state()
-        if _has_unfinished_pass(state) and torch._C._current_graph_task_id() == -1:  # not inside a backward
+        if _has_unfinished_pass(state):
             _end_pass(state)
-        state._state_ctx.post_optim_event = None  # it may lie before what is written now; all waits without it
-        for group in _param_groups(state):
-            group.wait_for_unshard()  # what was prefetched and not used would count as the next forward's gather
+        if forget_gathers:
+            state._device_handle.synchronize()  # offloaded shards may still be on their way to the device
+            state._state_ctx.post_optim_event = None  # recorded before what is written now; all waits without it
+            for group in _param_groups(state):
+                group.wait_for_unshard()  # what was prefetched and not used would count as the next forward's gather
         module.reshard()
 
 
@@ -199,13 +206,16 @@ def _has_unfinished_pass(state: Any) -> bool:
 
 
 def _end_pass(state: Any) -> None:
-    """Let FSDP2 forget such a pass. Torch's own `reset_iter_state` would drop gradients of earlier passes as well."""
+    """Let FSDP2 forget such a pass, with the unreduced gradients of a backward. Torch's own `reset_iter_state` drops
+    those of earlier passes after a forward, too."""
     context, idle = state._state_ctx, type(state._training_state).IDLE
     for group in state._comm_ctx.post_forward_order:  # those of other roots, too, that share the communication
         group._post_forward_indices.clear()
     state._comm_ctx.post_forward_order.clear()
     context.iter_forward_root = None
     has_backward, context.post_backward_final_callback_queued = context.post_backward_final_callback_queued, False
+    if has_backward:
+        state._device_handle.synchronize()  # reductions that are under way
     for part in context.all_states:
         part._training_state = idle
         part._modules_to_run_forward.clear()
@@ -224,9 +234,9 @@ def _reshard_flat(module: FullyShardedDataParallel) -> None:
         return
     if module.training_state == TrainingState.FORWARD_BACKWARD:  # a forward raised
         module.training_state, handle._training_state = TrainingState.IDLE, HandleTrainingState.IDLE
-    elif handle._use_orig_params:
+    elif handle._use_orig_params and not handle._skip_writeback_check:
         handle._writeback_orig_params()  # weights that were assigned, as by ``p.data = ...``
-    # As torch's `_reshard`, but for an event to its rate limiter, which only a forward takes out again.
+    # As torch's `_reshard`, but for an event to its rate limiter, which only an unshard takes out again.
     handle.reshard(handle.uses_sharded_strategy)
     handle.post_reshard()
     handle._prefetched = False

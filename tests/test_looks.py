@@ -242,3 +242,28 @@ def test_the_next_forward_does_not_wait_for_an_event_before_the_look() -> None:
     with average.swapped_in():
         pass
     assert sharded._get_fsdp_state()._state_ctx.post_optim_event is None
+
+
+@on_ranks(2)
+def test_an_update_leaves_a_gather_that_is_under_way() -> None:
+    model = nn.Linear(4, 4)
+    sharded = fully_shard(model)
+    average = ShardedAverage(model)
+    model(DATA).sum().backward()
+    handle = sharded.unshard(async_op=True)
+    assert handle is not None
+    average.update()
+    handle.wait()
+    assert not isinstance(model.weight, DTensor)
+
+
+@on_ranks(2)
+def test_an_update_inside_a_backward_is_refused() -> None:
+    for build_model in (fsdp1, fsdp2):
+        model = build_model()
+        average = ShardedAverage(model)
+        out = model(DATA)
+        out.register_hook(lambda _, average=average: average.update())
+        with pytest.raises(RuntimeError, match="needs its backward to have ended, got a call inside of it; call it"):
+            out.sum().backward()
+        average.update()

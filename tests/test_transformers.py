@@ -344,9 +344,12 @@ class Interrupts(TrainerCallback):
 
 
 class AskedToSave(TrainerCallback):
-    """Does at a step what the handler of SIGTERM does."""
+    """Does in an event what the handler of SIGTERM does."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._ask)
+
+    def _ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (jit,) = (one for one in kwargs["model"].callbacks if type(one).__name__ == "JITCheckpointCallback")
         jit.jit_manager.is_checkpoint_requested = state.global_step == STOP
 
@@ -385,9 +388,10 @@ def interrupted(folder: Path) -> None:
     callback, trainer = run("last", resume=True, max_steps=3)
     assert (trainer.state.global_step, callback.swa.num_averaged) == (4, 1)
     # On SIGTERM, for which there is no event.
-    run("signal", AskedToSave(), enable_jit_checkpoint=True, save_strategy="no")
-    assert (folder / f"signal/checkpoint-{STOP}").exists()
-    assert same_bits(run("signal", resume=True)[0].swa.average.full_state_dict(), whole)
+    for event, saved in (("on_step_begin", STOP), ("on_optimizer_step", STOP + 1)):  # heard before and after a step
+        run(event, AskedToSave(event), enable_jit_checkpoint=True, save_strategy="no")
+        assert (folder / event / f"checkpoint-{saved}").exists()
+        assert same_bits(run(event, resume=True)[0].swa.average.full_state_dict(), whole)
     # By hand, and then with another callback.
     _, trainer = run("another", Interrupts("on_step_end", STOP))
     for refused in (SWACallback(swa_start="9sp"), SWACallback(**start)):

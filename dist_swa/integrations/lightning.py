@@ -61,7 +61,8 @@ class SWACallback(Callback):
 
     Raises RuntimeError for a second `SWACallback` and ValueError for any other strategy when ``fit`` starts; what
     `SWA` raises. A checkpoint that is saved inside of a validation of averages, as on a signal of SLURM, ends the look
-    at them: what is left of that validation sees trained weights, with a warning. Every rank saves checkpoints
+    at them: what is left of that validation sees trained weights, with a warning (but of ``save_weights_only``
+    Lightning does not tell: there it is the average that is saved). Every rank saves checkpoints
     together, as Lightning demands; one that is no folder costs an all-gather of the average, and its memory on the
     first rank.
     """

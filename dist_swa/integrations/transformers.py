@@ -96,7 +96,8 @@ class SWACallback(TrainerCallback):
         if checkpoint is not None and not self.swa.load(Path(checkpoint, "dist_swa")):
             self.swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        state = self._trainer.state
         if state.global_step <= state.max_steps:  # resumed at the end, within an epoch, the Trainer makes one more
             self.swa.step()  # the scheduler has stepped
 
@@ -110,6 +111,7 @@ class SWACallback(TrainerCallback):
 
     def _save(self, model: Any, trial: Any) -> None:
         """``Trainer._save_checkpoint``, the average first."""
+        self.on_step_end()  # on a signal, which may be heard before ours, it is this step's turn; else nothing is new
         folder = f"checkpoint-{self._trainer.state.global_step}"
         self.swa.save(Path(self._trainer._get_output_dir(trial=trial), folder, "dist_swa"))
         self._save_trained(model, trial)
@@ -137,12 +139,10 @@ class SWACallback(TrainerCallback):
             self._is_evaluating = False
 
     def _batches(self) -> Iterator[Any]:
+        loader = self._trainer.get_train_dataloader()  # a new one: that of the run has a place in its epoch
         loaders = self._trainer.accelerator._dataloaders
-        num_loaders = len(loaders)
-        try:
-            yield from self._trainer.get_train_dataloader()  # a new one: that of the run has a place in its epoch
-        finally:
-            del loaders[num_loaders:]  # accelerate would keep it, with its workers
+        loaders[:] = [one for one in loaders if one is not loader]  # accelerate would keep it, with its workers
+        yield from loader
 
     def _detach(self) -> None:
         own = {"evaluate": self._evaluate, "_save_checkpoint": self._save}
