@@ -15,6 +15,8 @@ in a state dict, which torch.distributed.checkpoint reshards for any other wrapp
 After a forward without a backward the root group of FSDP1 and FSDP2 stays unsharded: ``named_parameters()`` then
 gives plain tensors, and the next forward, training included, computes with them whatever was written into the shards.
 So every reader and writer of shards reshards first, and a swap does so again before it gives the trained weights back.
+A gather that FSDP2 has begun and not used would be as stale once shards are written: who writes drops it (`reshard`
+with `forget_gathers`); who reads leaves it, since the next forward has it for nothing.
 """
 
 from __future__ import annotations
@@ -180,7 +182,7 @@ def find_fsdp_modules(module: nn.Module) -> list[FSDPModule | FullyShardedDataPa
 def reshard(fsdp_modules: Sequence[FSDPModule | FullyShardedDataParallel], *, forget_gathers: bool = False) -> None:
     """Free unsharded parameters, so that the shards are what counts. See [Note: stale unsharded weights].
 
-    `forget_gathers`: of FSDP2 those under way, too, as shards are about to be written. RuntimeError inside a backward.
+    `forget_gathers`: drop those that FSDP2 has under way, too. Raises RuntimeError inside a backward.
     """
     if fsdp_modules and torch._C._current_graph_task_id() != -1:
         raise RuntimeError("a sharded model needs its backward to have ended, got a call inside of it; call it after")
@@ -206,8 +208,10 @@ def _has_unfinished_pass(state: Any) -> bool:
 
 
 def _end_pass(state: Any) -> None:
-    """Let FSDP2 forget such a pass, with the unreduced gradients of a backward. Torch's own `reset_iter_state` drops
-    those of earlier passes after a forward, too."""
+    """Let FSDP2 forget such a pass, with the unreduced gradients of a backward.
+
+    Torch's own `reset_iter_state` drops what earlier passes have accumulated as well, also after a forward.
+    """
     context, idle = state._state_ctx, type(state._training_state).IDLE
     for group in state._comm_ctx.post_forward_order:  # those of other roots, too, that share the communication
         group._post_forward_indices.clear()
@@ -222,7 +226,7 @@ def _end_pass(state: Any) -> None:
         for group in _param_groups(part):
             group._training_state = idle
             for sharded in group.fsdp_params if has_backward and group.reduce_grads else ():
-                if "unsharded_accumulated_grad" in vars(sharded):  # in torch 2.15, what follows
+                if "unsharded_accumulated_grad" in vars(sharded):  # torch 2.15 has only the other one
                     sharded.unsharded_accumulated_grad = None
                 if hasattr(sharded, "_unsharded_param"):
                     sharded._unsharded_param.grad = None
