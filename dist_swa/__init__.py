@@ -1,13 +1,13 @@
 """Weight averaging (SWA, EMA, windows) for PyTorch training that is already distributed."""
 
 # What does a training loop talk to, and where is the average?
-from dist_swa.average import ShardedAverage
-
-# Are the BatchNorm statistics those of the averaged weights?
-from dist_swa.batch_norm import recalibrate_batch_norm
+from dist_swa.averaging.average import ShardedAverage
 
 # How much does each model weigh in the average?
-from dist_swa.rules import EMA, DecayShaped, Equal, Polynomial, PowerEMA, Window
+from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, PowerEMA, Rule, Window
+
+# Are the BatchNorm statistics those of the averaged weights?
+from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
 from dist_swa.swa import SWA
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Equal",
     "Polynomial",
     "PowerEMA",
+    "Rule",
     "ShardedAverage",
     "Window",
     "recalibrate_batch_norm",

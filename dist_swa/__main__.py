@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dist_swa import checkpoint
-from dist_swa.checkpoint.source import averages_in, entries_in, names_in, open_reader
-from dist_swa.rules import EMA, DecayShaped, Equal, Polynomial, Rule
+from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, Rule
+from dist_swa.checkpoint.sources import averages_in, entries_in, names_in, open_reader
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _EXAMPLES = """examples:

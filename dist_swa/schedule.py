@@ -126,11 +126,11 @@ class Schedule:
         return units
 
     @property
-    def is_blind_to_epochs(self) -> bool:
+    def epochs_unknown(self) -> bool:
         """Whether the schedule reads epochs in a run that never told where they end."""
         return "ep" in self.units and self.steps_per_epoch is None and self.now.epochs == 0
 
-    def postpone(self, before: Mapping[str, list[int]]) -> None:
+    def undo_update(self, before: Mapping[str, list[int]]) -> None:
         """Take back the update of the last check, which came after the state `before`; the next check asks again."""
         first_update = before["first_update"]
         completed = [int(self.completed and first_update[0] >= 0)]  # nothing was averaged: nothing is complete
@@ -154,12 +154,12 @@ class Schedule:
         self.first_update, self.last_update = (None if p.batches < 0 else p for p in (first, last))
         self.completed = bool(state["completed"][0])
 
-    def go_on(self) -> None:
+    def reopen_if_not_over(self) -> None:
         """Take back that averaging is complete, where `end` has not come: a run that was ended is continued."""
         self.completed = self.completed and self._is_over()
 
     @property
-    def has_begun(self) -> bool:
+    def started(self) -> bool:
         """Whether `start` has come."""
         return self._at(self.now, self.start.unit) >= self.start.value
 
@@ -167,7 +167,7 @@ class Schedule:
         return self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
 
     def _check(self) -> Decision:
-        if self.completed or not self.has_begun:
+        if self.completed or not self.started:
             return Decision()
         first, last = self.first_update or self.now, self.last_update or self.now
         update = self.first_update is None or self._intervals_at(self.now, first) > self._intervals_at(last, first)

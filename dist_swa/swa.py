@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_swa.average import ShardedAverage, named_rules
-from dist_swa.batch_norm import recalibrate_batch_norm
-from dist_swa.lr import check_groups, check_phase, get_lrs, phase_lr, set_lrs
-from dist_swa.names import NamePattern
-from dist_swa.norms import find_norms
-from dist_swa.rules import Equal, Rule
+from dist_swa.averaging.average import ShardedAverage, named_rules
+from dist_swa.averaging.rules import Equal, Rule
+from dist_swa.averaging.state import check_keys
+from dist_swa.batch_norm.layers import batch_norm_layers
+from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
+from dist_swa.lr_phase import check_groups, check_phase, get_lrs, phase_lr, set_lrs
 from dist_swa.schedule import Decision, Progress, Schedule
-from dist_swa.shards import unwrap
-from dist_swa.track import check_keys
+from dist_swa.sharding.fqn import NamePattern
+from dist_swa.sharding.shard import unwrap
 
 
 class SWA:
@@ -112,7 +112,7 @@ class SWA:
         self._swa_lr = swa_lr
         self._anneal = (anneal_strategy, anneal_steps)
         self._start_lrs: list[float] = []
-        self._norms = find_norms(unwrap(model)[0])
+        self._norms = batch_norm_layers(unwrap(model)[0])
         self._frozen: set[str] = set()  # those that did not train at the last update in training mode
 
     @property
@@ -169,7 +169,7 @@ class SWA:
         no `batches` (with ``buffers="average"`` it then keeps the averaged statistics), what `recalibrate_batch_norm`
         raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
         """
-        if self.schedule.is_blind_to_epochs:
+        if self.schedule.epochs_unknown:
             raise RuntimeError(
                 "a schedule in epochs needs to know where they end, got steps_per_epoch=None and no end_epoch call"
                 "; pass steps_per_epoch, or call end_epoch after each"
@@ -235,9 +235,13 @@ class SWA:
         self._start_lrs = start_lrs if self.started else []
         self._frozen = {name for name, is_frozen in zip(self._norms, frozen, strict=True) if is_frozen}
         if self.completed:
-            self.schedule.go_on()
-            if not self.completed and not self.schedule.has_begun:
+            self.schedule.reopen_if_not_over()
+            if not self.completed and not self.schedule.started:
                 self.reset(**asdict(self.schedule.now))
+
+    def check_saved(self, saved: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise when it has changed model and average: see `ShardedAverage`."""
+        self.average.check_saved(saved)
 
     def _follow(self, check: Callable[[], Decision]) -> bool:
         """Do what the schedule says after `check`; where that fails, nothing was counted."""
@@ -271,7 +275,7 @@ class SWA:
 
     def _skip(self, decision: Decision, position: Mapping[str, list[int]]) -> Decision:
         """Refuse an update that is due; it stays due, and what completes does so without it."""
-        self.schedule.postpone(position)
+        self.schedule.undo_update(position)
         self.num_skipped += 1
         if self.num_skipped == 1:
             warnings.warn(

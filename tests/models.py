@@ -1,5 +1,6 @@
 """Models whose shapes hurt, the wrappers that people put around them, and trajectories to average."""
 
+import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -164,3 +165,13 @@ def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: It
     return (bool(names) or set(left) == set(right)) and all(
         left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in keys
     )
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that are alive in this process."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())

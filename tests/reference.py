@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_swa.rules import EMA, DecayShaped, Equal, Polynomial, PowerEMA, Rule, Window
+from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, PowerEMA, Rule, Window
 
 
 def closed_form(rule: Rule, num_models: int, gaps: Sequence[float] = ()) -> list[float]:

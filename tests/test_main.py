@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import dist_swa
 from dist_swa import EMA, SWA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, checkpoint
 from dist_swa.__main__ import _EXAMPLES, main
-from dist_swa.checkpoint.writer import CheckpointWriter
-from dist_swa.rules import Rule
+from dist_swa.averaging.rules import Rule
+from dist_swa.storage.writer import CheckpointWriter
 from models import build, same_bits, trajectory, write
 
 ROOT = Path(dist_swa.__file__).parents[1]

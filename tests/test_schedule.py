@@ -317,11 +317,11 @@ def test_units_and_blindness_to_epochs() -> None:
     schedule = Schedule(start="0.5dur", end="5tok", interval="1ba", max_duration="2ep")
     assert schedule.units == {"ep", "tok", "ba"}
     schedule.step(tokens=0)
-    assert schedule.is_blind_to_epochs
+    assert schedule.epochs_unknown
     schedule.end_epoch()
-    assert not schedule.is_blind_to_epochs
-    assert not Schedule(start="1ep", end=None, interval="1ep", steps_per_epoch=3).is_blind_to_epochs
-    assert not Schedule(start="1ba", end=None, interval="1ba", max_duration="2ep").is_blind_to_epochs
+    assert not schedule.epochs_unknown
+    assert not Schedule(start="1ep", end=None, interval="1ep", steps_per_epoch=3).epochs_unknown
+    assert not Schedule(start="1ba", end=None, interval="1ba", max_duration="2ep").epochs_unknown
 
 
 @pytest.mark.parametrize(

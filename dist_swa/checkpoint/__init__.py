@@ -35,11 +35,11 @@ code: `.metadata` through a list of classes, all else with ``weights_only=True``
 """
 
 from dist_swa.checkpoint.export import export
-from dist_swa.checkpoint.folder import CheckpointFolder
 from dist_swa.checkpoint.merge import merge
-from dist_swa.checkpoint.reader import CheckpointError, CheckpointReader, open_checkpoint
-from dist_swa.checkpoint.storage import load, save
 from dist_swa.checkpoint.synthesize import synthesize
+from dist_swa.storage.folder import CheckpointFolder
+from dist_swa.storage.reader import CheckpointError, CheckpointReader, open_checkpoint
+from dist_swa.storage.save_load import load, save
 
 __all__ = [
     "CheckpointError",

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from dist_swa.agreement import all_raise, place_in
-from dist_swa.average import ShardedAverage
-from dist_swa.checkpoint.conversion import converted
-from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, files_of, write_safetensors
-from dist_swa.checkpoint.source import open_source
-from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
+from dist_swa.averaging.average import ShardedAverage
+from dist_swa.checkpoint.cast import checked_cast
+from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
+from dist_swa.checkpoint.sources import open_source
+from dist_swa.collectives import raise_on_all, rank_and_world_size
+from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.swa import SWA
 
 _SHARDED = "sharded"  # the folder of what the ranks have written, until it is consolidated
@@ -76,12 +76,12 @@ def export(
 
 
 def _export_stored(path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, progress: bool) -> None:
-    with all_raise():
+    with raise_on_all():
         source = open_source(path, key)
         specs = {name: _converted_spec(spec, dtype) for name, spec in source.specs.items()}
         files = files_of(specs, out)
         _warn_of_skipped(source.skipped)
-    with appearing(out, None) as partial:
+    with atomic_output(out, None) as partial:
         write_safetensors(files, partial, lambda name: _converted(name, source.read(name), dtype), None, progress)
 
 
@@ -94,21 +94,21 @@ def _export_live(
     fails with integers.
     """
     group = average.process_group
-    with all_raise(group):
+    with raise_on_all(group):
         state = average.sharded_state_dict(key)
-    with all_raise(group):
+    with raise_on_all(group):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         files = files_of({n: _converted_spec(Spec(t.shape, t.dtype), dtype) for n, t in tensors.items()}, out)
         _warn_of_skipped(sorted(state.keys() - tensors.keys()))
-    with appearing(out, group) as partial:
+    with atomic_output(out, group) as partial:
         shards = partial / _SHARDED
         planner = _ConvertingPlanner(dtype)
-        with plain_errors(), no_group_is_fine():
+        with unwrap_dcp_errors(), no_group_is_fine():
             dcp_save(tensors, storage_writer=_ShardWriter(shards, files), planner=planner, process_group=group)
         pieces = _Pieces(shards, {name: spec for file in files.values() for name, spec in file.items()})
-        with all_raise(group):
+        with raise_on_all(group):
             write_safetensors(files, partial, pieces.read, group, progress)
-        if place_in(group)[0] == 0:
+        if rank_and_world_size(group)[0] == 0:
             shutil.rmtree(shards)
 
 
@@ -174,7 +174,7 @@ def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
-    return converted(name, tensor, dtype, "choose torch.bfloat16")
+    return checked_cast(name, tensor, dtype, "choose torch.bfloat16")
 
 
 def _warn_of_skipped(names: list[str]) -> None:

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
-from dist_swa.agreement import all_raise, place_in
-from dist_swa.checkpoint.conversion import converted
-from dist_swa.checkpoint.safetensors_files import SUFFIX, Spec, appearing, check_new, files_of, write_safetensors
-from dist_swa.checkpoint.source import MODEL, Source, open_source
-from dist_swa.checkpoint.storage import no_group_is_fine, plain_errors
-from dist_swa.checkpoint.writer import CheckpointWriter
-from dist_swa.rules import Equal, Rule
+from dist_swa.averaging.rules import Equal, Rule
+from dist_swa.checkpoint.cast import checked_cast
+from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, check_new, files_of, write_safetensors
+from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.collectives import raise_on_all, rank_and_world_size
+from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
+from dist_swa.storage.writer import CheckpointWriter
 
 _BLOCK_NUMEL = 1 << 16  # elements that are converted to float64 at a time
 
@@ -58,7 +58,7 @@ def merge(
     the first name, shape or dtype that does, and for `weights` that do not fit; and as `export` does. On every rank
     alike; nothing appears then.
     """
-    with all_raise():
+    with raise_on_all():
         paths = checked_paths(sources)
         coefficients = _coefficients(len(paths), rule, weights, normalize)
         opened = [open_source(path, key) for path in paths]
@@ -110,7 +110,7 @@ def _finite(weights: Sequence[float], count: int) -> list[float]:
 
 def write_combination(sources: Sequence[Source], coefficients: Sequence[float], out: Path, progress: bool) -> None:
     """Write the sum of `sources`, each times its coefficient, as `merge` says. A collective."""
-    with all_raise():
+    with raise_on_all():
         specs = _common_specs(sources)
         files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
         skipped = sources[-1].skipped
@@ -123,7 +123,7 @@ def write_combination(sources: Sequence[Source], coefficients: Sequence[float], 
     if files is None:
         _write_checkpoint(specs, out, read, progress)
         return
-    with appearing(out, None) as partial:
+    with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
 
 
@@ -151,7 +151,7 @@ def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float
     for source, coefficient in zip(sources, coefficients, strict=True):
         if coefficient != 0:
             _add(total, source.read(name), coefficient)
-    result = converted(name, total, dtype.to_real(), "choose smaller weights").view(parts)
+    result = checked_cast(name, total, dtype.to_real(), "choose smaller weights").view(parts)
     return torch.view_as_complex(result) if dtype.is_complex else result
 
 
@@ -165,14 +165,14 @@ def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
     """Write a checkpoint with the entry "model", of which each rank reads and writes every so many-th tensor."""
-    with all_raise():
+    with raise_on_all():
         check_new(out)
-    rank, ranks = place_in(None)
+    rank, ranks = rank_and_world_size(None)
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
     writer = CheckpointWriter(out, one_file_per_tensor=True)
     planner = _ReadingPlanner(read, progress and rank == 0)
-    with writer.cleaned_up(), plain_errors(), no_group_is_fine():
+    with writer.cleaned_up(), unwrap_dcp_errors(), no_group_is_fine():
         dcp_save(state, storage_writer=writer, planner=planner)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_swa.agreement import all_raise
+from dist_swa.averaging.rules import PowerEMA
 from dist_swa.checkpoint.merge import checked_paths, write_combination
-from dist_swa.checkpoint.reader import CheckpointReader
-from dist_swa.checkpoint.source import Source, averages_in, open_reader, open_source
-from dist_swa.rules import PowerEMA
+from dist_swa.checkpoint.sources import Source, averages_in, open_reader, open_source
+from dist_swa.collectives import raise_on_all
+from dist_swa.storage.reader import CheckpointReader
 
 _CHUNK_MODELS = 1 << 16  # models whose coefficients are held at a time
 _MAX_MODELS = 10**8  # more take minutes
@@ -42,7 +42,7 @@ def synthesize(
     Raises ValueError where the error is above 0.1: the averages are too few, or too far from `sigma_rel`; where there
     is none by `PowerEMA`, or one of more than 10**8 models; and as `merge` does.
     """
-    with all_raise():
+    with raise_on_all():
         target = PowerEMA(sigma_rel)
         found = [source for path in checked_paths(sources) for source in _power_emas(path, key)]
         found.sort(key=lambda pair: pair[1][0])  # by time: what is not floating comes from the last

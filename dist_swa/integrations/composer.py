@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import dist_swa
-from dist_swa.integrations.one_file import load_whole_state, whole_state
+from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
 
 try:
     from composer.core import Algorithm, Event, State, get_precision_context
@@ -104,7 +104,7 @@ class SWA(Algorithm):  # type: ignore[misc]
             if self.swa is None:
                 self.swa = self._attached(state)
             else:
-                self.swa.schedule.go_on()  # the end of the last fit was not yet that of the averaging
+                self.swa.schedule.reopen_if_not_over()  # the end of the last fit was not yet that of the averaging
         if self.swa is not None:
             self._follow(self.swa, event, state)
 
@@ -117,7 +117,7 @@ class SWA(Algorithm):  # type: ignore[misc]
         optimizer = state.optimizers[0] if len(state.optimizers) == 1 else None
         swa = dist_swa.SWA(state.model, optimizer, max_duration=str(state.max_duration), **self._options)
         if self._saved:
-            load_whole_state(swa, self._saved)
+            load_full_state_dict(swa, self._saved)
         elif state.load_path is not None:
             warnings.warn(f"{state.load_path} has no averaging state: averaging starts anew", stacklevel=2)
             now = state.timestamp
@@ -149,7 +149,7 @@ class SWA(Algorithm):  # type: ignore[misc]
             self._is_recalibrated = True
 
     def state_dict(self) -> dict[str, Any]:
-        saved = self._saved if self.swa is None else whole_state(self.swa)
+        saved = self._saved if self.swa is None else full_state_dict(self.swa)
         return {**super().state_dict(), "is_recalibrated": self._is_recalibrated, _KEY: saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_swa import SWA, checkpoint
-from dist_swa.integrations.one_file import load_whole_state, whole_state
+from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -128,7 +128,7 @@ class SWACallback(Callback):
                 warnings.filterwarnings("ignore", ".* was not written by dist_swa.checkpoint")  # but by Lightning
                 checkpoint.load({f"{part}.{_KEY}": swa}, path)
         elif self._saved is not None:
-            load_whole_state(swa, self._saved)
+            load_full_state_dict(swa, self._saved)
         else:
             warnings.warn(f"{path} has no averaging state: averaging starts anew", stacklevel=2)
         self._saved = None
@@ -176,7 +176,7 @@ class SWACallback(Callback):
         if any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values()):
             weights[_KEY] = self.swa.state_dict()  # Lightning writes this part by DCP, every rank its shards
         else:
-            checkpoint[_KEY] = whole_state(self.swa)
+            checkpoint[_KEY] = full_state_dict(self.swa)
 
 
 def _length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""Safetensors files, read and written tensor by tensor: what does not fit into memory goes through it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from dist_swa.collectives import raise_on_all, rank_and_world_size
+from dist_swa.storage.reader import CheckpointError
+from dist_swa.storage.writer import PARTIAL, sync_folder
+
+SUFFIX = ".safetensors"
+INDEX = f"model{SUFFIX}.index.json"  # of a folder: which tensor lies in which file
+_MAX_FILE_BYTES = 5 * 10**9
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """What a tensor is, but for its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+class SafetensorsReader:
+    """What is in a safetensors file, or in a folder of them: `keys`, and the `shape`, `dtype` and value of each.
+
+    Raises CheckpointError, which names the file, where one is damaged, missing, or of a dtype that torch lacks.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        self._files: dict[str, Path] = {}
+        self._specs: dict[str, Spec] = {}
+        listed = _listed(self.folder)
+        for file in sorted(set(listed.values())) or _found(self.folder):
+            with _opened(file) as tensors:
+                for key in tensors.keys():  # noqa: SIM118  (it is no dict)
+                    if listed.get(key, file) != file or key in self._specs:
+                        raise CheckpointError(f"safetensors need each tensor once, got {key} again in {file}")
+                    piece = tensors.get_slice(key)
+                    if piece.get_dtype() not in _DTYPES:
+                        raise CheckpointError(f"safetensors need dtypes of torch, got {piece.get_dtype()} in {file}")
+                    self._specs[key] = Spec(torch.Size(piece.get_shape()), _DTYPES[piece.get_dtype()])
+                    self._files[key] = file
+        if missing := sorted(set(listed) - set(self._specs)):
+            raise CheckpointError(f"safetensors need the tensors of {self.folder / INDEX}, got none of {missing[0]}")
+        self.keys = tuple(self._specs)
+
+    def shape(self, key: str) -> torch.Size:
+        return self._specs[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._specs[key].dtype
+
+    def read(self, key: str) -> Tensor:
+        """Return the tensor `key`, on the CPU. Memory: that tensor."""
+        with _opened(self._files[key]) as tensors:  # anew each time: what was mapped stays in memory until it is closed
+            tensor: Tensor = tensors.get_tensor(key)
+            return tensor
+
+
+def write_safetensors(
+    files: Mapping[str, Mapping[str, Spec]],
+    folder: Path,
+    read: Callable[[str], Tensor],
+    group: dist.ProcessGroup | None,
+    progress: bool,
+) -> None:
+    """Write `files` into `folder`, each by one of the ranks, tensor by tensor as `read` returns them. Local.
+
+    Where there is more than one file, the first rank writes the index of them.
+    """
+    rank, ranks = rank_and_world_size(group)
+    mine = list(files.items())[rank::ranks]
+    with tqdm(total=sum(len(specs) for _, specs in mine), unit="tensor", disable=not progress or rank > 0) as bar:
+        for name, specs in mine:
+            with _created(folder / name) as file:
+                file.write(_header(specs))
+                for key in specs:
+                    file.write(_bytes_of(read(key)))
+                    bar.update()
+    if rank == 0 and len(files) > 1:
+        total_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
+        weight_map = {key: name for name, specs in files.items() for key in specs}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        with _created(folder / INDEX) as file:
+            file.write(json.dumps(index, indent=2).encode())
+
+
+def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]:
+    """Return which tensors go into which files of `out`: one, or, for a folder, as many as stay below 5 GB each.
+
+    The larger element sizes come first in a file, so that all of it is aligned. Raises ValueError for tensors that
+    safetensors cannot hold.
+    """
+    parts: list[dict[str, Spec]] = [{}]
+    num_bytes = 0
+    for key, spec in sorted(specs.items()):
+        if spec.dtype not in _NAMES:
+            raise ValueError(f"safetensors need {', '.join(_DTYPES)}, got {key}={spec}; leave it out of the checkpoint")
+        if out.suffix != SUFFIX and parts[-1] and num_bytes + spec.num_bytes > _MAX_FILE_BYTES:
+            parts.append({})
+            num_bytes = 0
+        parts[-1][key] = spec
+        num_bytes += spec.num_bytes
+    parts = [dict(sorted(part.items(), key=lambda item: -item[1].dtype.itemsize)) for part in parts]
+    if len(parts) == 1:
+        return {f"model{SUFFIX}": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}{SUFFIX}": part for i, part in enumerate(parts, start=1)}
+
+
+def check_new(out: Path) -> None:
+    """Raise FileExistsError unless nothing is at `out`, not even a link to nothing."""
+    if not out.name or os.path.lexists(out):  # no name: "/" and "."
+        raise FileExistsError(f"a new file or folder needs a path where nothing is yet, got {out}; choose another")
+
+
+@contextmanager
+def atomic_output(out: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """Give a hidden folder, which becomes `out` when the body has ended well on every rank. A collective.
+
+    Where `out` is a safetensors file, the only file in the folder becomes it. Raises FileExistsError where `out` is
+    there already; what the body raises is raised on every rank, and nothing appears.
+    """
+    partial, is_first = out.parent / f".{out.name}{PARTIAL}", rank_and_world_size(group)[0] == 0
+    with raise_on_all(group):
+        if is_first:
+            check_new(out)
+            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+            partial.mkdir(parents=True)
+    try:
+        with raise_on_all(group):
+            yield partial
+        with raise_on_all(group):
+            if is_first:
+                sync_folder(partial)
+                (next(partial.iterdir()) if out.suffix == SUFFIX else partial).rename(out)
+                sync_folder(out.parent)
+    finally:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise CheckpointError(f"safetensors need all files of the folder, got none at {path}; restore it") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"safetensors need a file as it was written, got {path}: {error}; restore it") from error
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with path.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor by the index of the folder, if it has one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        if not all(Path(name).name == name and name not in ("", "..") for name in weight_map.values()):
+            raise ValueError("a file outside of the folder")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"safetensors need an index as it was written, got {path}: {error}; restore it"
+        ) from error
+    return {key: folder / name for key, name in weight_map.items()}
+
+
+def _found(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
+
+
+def _header(specs: Mapping[str, Spec]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, spec in specs.items():
+        start, end = end, end + spec.num_bytes
+        entries[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,97 @@
+"""Do all ranks agree? Facts are shared before any rank acts on them, so that no rank waits for one that raised."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE_NUMEL = 1 << 20  # elements that are weighted at a time
+
+
+def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return the rank of this process, and how many there are. Local."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce_max(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """Return the largest of each of `values` over the ranks of `group`. A collective; without any, `values`."""
+    if not dist.is_initialized():
+        return [int(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
+    return [int(value) for value in tensor.tolist()]
+
+
+@contextmanager
+def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise an error of the body on every rank of `group`, the same one everywhere. A collective.
+
+    Without torch.distributed there is one rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, _portable(error), group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(errors):
+        if other is not None:
+            other.add_note(f"(raised on rank {rank})")
+            raise other
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """Return `error`, or one with its text where it does not pickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def fingerprint(values: Tensor, text: str) -> int:
+    """Return a whole number of 56 bits that depends on `text`, the dtype, and every bit of `values` and its place."""
+    bits = torch.view_as_real(values) if values.is_complex() else values
+    bits = bits.reshape(-1).view(_INT_OF_SIZE[bits.element_size()])
+    digest = hashlib.sha256(f"{text} {values.dtype}".encode())
+    for piece in bits.tensor_split(1 + bits.numel() // _PIECE_NUMEL):
+        weights = torch.arange(1, len(piece) + 1, device=piece.device)
+        digest.update(str(int((piece * weights).sum())).encode() + b" ")
+    return int.from_bytes(digest.digest()[:7])
+
+
+def check_replicas(
+    names: Sequence[str], fingerprints: Sequence[int], group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Raise ValueError on every rank of `group` unless all have the same fingerprints. A collective."""
+    (count,) = _ranges([len(names)], group, device)
+    if count[0] != count[1]:
+        raise ValueError(
+            f"replicas need the same parameters on every rank, got num_parameters={count[0]} to {count[1]}; build the"
+            " same model on every rank"
+        )
+    for name, (lowest, highest) in zip(names, _ranges(fingerprints, group, device), strict=True):
+        if lowest != highest:
+            raise ValueError(
+                f"replicas need the same names, shapes and values on every rank, got other ones of parameter={name!r}"
+                "; broadcast the model from one rank first, or wrap it in DDP, which does"
+            )
+
+
+def _ranges(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[tuple[int, int]]:
+    """Return the least and the largest of each of `values` over the ranks."""
+    largest = all_reduce_max([*values, *(-value for value in values)], group, device)
+    count = len(values)
+    return [(-low, high) for high, low in zip(largest[:count], largest[count:], strict=True)]

@@ -1,0 +1,1 @@
+"""Where the shards of a model are: one class for each layout, and all shards of a model."""

@@ -1,0 +1,1 @@
+"""torch.distributed.checkpoint with checksums and without pickle."""

@@ -1,0 +1,467 @@
+"""Merged weights are the float64 sum, whatever they lie in, whoever does the work, and within little memory."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from dist_swa import EMA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, Window, checkpoint
+from dist_swa.averaging.rules import Rule
+from dist_swa.checkpoint import safetensors_io
+from dist_swa.storage.save_load import no_group_is_fine
+from models import build, same_bits, trajectory, wrap, write
+from ranks import run_on_ranks
+from reference import closed_form, weighted_sum
+
+
+def states(count: int, **extra: Tensor) -> list[dict[str, Tensor]]:
+    """Return random tensors of several dtypes and shapes, and the numbers of the sources."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [
+        {
+            "a.weight": some(7, 5),
+            "b": some(),
+            "empty": some(0, 3),
+            "double": some(3, dtype=torch.float64),
+            "half": some(3, dtype=torch.float16),
+            "short": some(3, 2, dtype=torch.bfloat16),
+            "wave": torch.complex(some(3), some(3)),
+            "count": torch.tensor(i),
+            "mask": torch.tensor([i % 2 == 0, True]),
+            **extra,
+        }
+        for i in range(count)
+    ]
+
+
+def saved(folder: Path, values: list[dict[str, Tensor]], kinds: str = "sc") -> list[Path]:
+    """Save each state as safetensors ("s"), or as the entry "model" of a checkpoint ("c"), in turn."""
+    paths = []
+    for i, (state, kind) in enumerate(zip(values, itertools.cycle(kinds), strict=False)):
+        paths.append(folder / (f"{i}.safetensors" if kind == "s" else f"{i}"))
+        if kind == "s":
+            save_file(state, paths[-1])
+        else:
+            checkpoint.save({"model": state}, paths[-1])
+    return paths
+
+
+def loaded(path: Path) -> dict[str, Tensor]:
+    """Return what a merge has written."""
+    if path.is_file() or not (path / ".metadata").exists():
+        return load_file(path if path.is_file() else path / "model.safetensors")
+    reader = checkpoint.open_checkpoint(path)
+    return {key.removeprefix("model."): reader.read(key) for key in reader.keys}
+
+
+def expected(coefficients: list[float], values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the float64 sums, rounded; what is not floating from the last."""
+    result = {}
+    for name, last in values[-1].items():
+        if last.is_floating_point():
+            result[name] = weighted_sum(coefficients, [{name: state[name]} for state in values])[name].to(last.dtype)
+        elif last.is_complex():
+            parts = [weighted_sum(coefficients, [{"x": part(s[name])} for s in values])["x"] for part in PARTS]
+            result[name] = torch.complex(*parts).to(last.dtype)
+        else:
+            result[name] = last
+    return result
+
+
+PARTS: tuple[Callable[[Tensor], Tensor], ...] = (torch.real, torch.imag)
+RULES: list[Rule] = [
+    Equal(),
+    Polynomial(1.5),
+    EMA(decay=0.7),
+    EMA(decay=0.999, warmup=True),
+    *(DecayShaped(shape, total=5) for shape in ("linear", "minus_sqrt", "cosine")),
+    PowerEMA(0.1),
+    Window(2),
+]
+
+
+def is_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether all is equal, but for a unit in the last place, or the 1e-12 of `math.lgamma` in closed forms."""
+    return left.keys() == right.keys() and all(
+        value.dtype == right[name].dtype
+        and value.shape == right[name].shape
+        and torch.allclose(value, right[name], rtol=max(torch.finfo(value.dtype).eps, 1e-12), atol=1e-15)
+        if value.is_floating_point() or value.is_complex()
+        else torch.equal(value, right[name])
+        for name, value in left.items()
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_weigh_by_their_closed_form(tmp_path: Path, rule: Rule) -> None:
+    values = states(5)
+    checkpoint.merge(saved(tmp_path, values, "s"), tmp_path / "out.safetensors", rule=rule)
+    assert is_close(loaded(tmp_path / "out.safetensors"), expected(closed_form(rule, 5), values))
+
+
+@pytest.mark.parametrize(
+    ("weights", "normalize", "coefficients"),
+    [
+        ([0.2, 0.3, 0.5], True, [0.2, 0.3, 0.5]),
+        ([2, 3, 5], True, [0.2, 0.3, 0.5]),
+        ([2, 3, 5], False, [2, 3, 5]),
+        ([0, 0, 4], True, [0, 0, 1]),
+    ],
+)
+def test_weights(tmp_path: Path, weights: list[float], normalize: bool, coefficients: list[float]) -> None:
+    values = states(3)
+    checkpoint.merge(saved(tmp_path, values, "s"), tmp_path / "out", weights=weights, normalize=normalize)
+    assert is_close(loaded(tmp_path / "out"), expected(coefficients, values))
+
+
+def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([number])} for number in (torch.inf, 1.0, 3.0)]
+    paths = saved(tmp_path, values, "s")
+    checkpoint.merge(paths, tmp_path / "window.safetensors", rule=Window(2))
+    checkpoint.merge(paths, tmp_path / "weights.safetensors", weights=[0, 1, 1])
+    assert all(loaded(tmp_path / f"{name}.safetensors")["x"] == 2 for name in ("window", "weights"))
+
+
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_large_weights_of_a_small_sum_are_no_rounding(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([number], dtype=torch.float64)} for number in (1.0, 3.0)]
+    paths = saved(tmp_path, values, "s")
+    checkpoint.merge(paths, tmp_path / "divided.safetensors", weights=[1e9, 1 - 1e9])
+    checkpoint.merge(paths, tmp_path / "as given.safetensors", weights=[1e20, -1e20], normalize=False)
+    assert loaded(tmp_path / "divided.safetensors")["x"] == 3 - 2e9
+    assert loaded(tmp_path / "as given.safetensors")["x"] == -2e20
+
+
+def test_what_the_dtype_cannot_hold_raises(tmp_path: Path) -> None:
+    """But what a source has of infinity and NaN stays."""
+    for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        largest = torch.finfo(dtype).max
+        values = [{"x": torch.tensor([1.0, number]).to(dtype)} for number in (largest, largest, torch.nan, torch.inf)]
+        paths = saved(tmp_path, values, "sc")
+        for out in ("out", "out.safetensors"):
+            message = rf"{dtype} can hold, got {2 * largest:g} in x; choose smaller".replace("+", r"\+")
+            with pytest.raises(ValueError, match=message):
+                checkpoint.merge(paths[:2], tmp_path / out, key="model", weights=[1, 1], normalize=False)
+            assert not (tmp_path / out).exists()
+        checkpoint.merge([*paths[:2], paths[0]], tmp_path / "thirds.safetensors", key="model")
+        assert loaded(tmp_path / "thirds.safetensors")["x"].float()[1] == largest
+        checkpoint.merge([paths[0], paths[2]], tmp_path / f"{dtype}.safetensors", key="model")
+        if dtype == torch.float16:
+            checkpoint.merge([paths[0], paths[3]], tmp_path / "inf.safetensors", key="model")
+            assert loaded(tmp_path / "inf.safetensors")["x"][1] == torch.inf
+        found = loaded(tmp_path / f"{dtype}.safetensors")["x"].float()
+        assert found[0] == 1
+        assert found[1].isnan()
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.filterwarnings("ignore:negative weights")
+def test_weights_that_cancel_but_for_rounding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs weights whose sum is not 0, got weights=\[0.1, 0.2, -0.3\]; pass"):
+        checkpoint.merge(saved(tmp_path, states(3), "s"), tmp_path / "out", weights=[0.1, 0.2, -0.3])
+
+
+def test_negative_weights_warn(tmp_path: Path) -> None:
+    values = states(2)
+    with pytest.warns(UserWarning, match=r"negative weights move away from a source: weights=\[-0.5, 1.5\]"):
+        checkpoint.merge(saved(tmp_path, values, "s"), tmp_path / "out", weights=[-0.5, 1.5])
+    assert is_close(loaded(tmp_path / "out"), expected([-0.5, 1.5], values))
+
+
+@pytest.mark.parametrize("kinds", ["s", "c", "sc", "cs"])
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_reads_and_writes_both(tmp_path: Path, kinds: str, out: str) -> None:
+    values = states(4)
+    paths = saved(tmp_path, values, kinds)
+    checkpoint.merge(paths, tmp_path / out, key="model")
+    is_checkpoint = (tmp_path / out / ".metadata").exists()
+    assert is_checkpoint == (out == "out" and kinds[-1] == "c")
+    assert is_close(loaded(tmp_path / out), expected([0.25] * 4, values))
+    checkpoint.merge(paths, tmp_path / "one.safetensors", key="model")
+    assert same_bits(loaded(tmp_path / out), loaded(tmp_path / "one.safetensors"))
+    if is_checkpoint:  # and it loads
+        state = {"model": {name: torch.zeros_like(value) for name, value in values[0].items()}}
+        checkpoint.load(state, tmp_path / out)
+        assert same_bits(state["model"], loaded(tmp_path / out))
+
+
+@pytest.mark.filterwarnings("ignore:.* tensors only. left out epoch")
+def test_a_checkpoint_whose_top_level_is_the_model(tmp_path: Path) -> None:
+    """As plain dcp.save makes one of ``model.state_dict()``, DDP's too; names have dots, and one is "model"."""
+    values = [{f"{part}.w": torch.full((2,), float(i)) for part in ("0", "model")} for i in range(2)]
+    values = [{"w": torch.ones(1), "seen": torch.tensor(i), **state} for i, state in enumerate(values)]
+    average = {**values[1], "0.w": torch.full((2,), 0.5), "model.w": torch.full((2,), 0.5)}
+    for i, state in enumerate(values):
+        for prefix in ("", "module."):
+            renamed: dict[str, Any] = {f"{prefix}{name}": value for name, value in state.items()}
+            with no_group_is_fine():
+                dcp_save(renamed, checkpoint_id=tmp_path / f"{prefix}{i}")
+        checkpoint.save({"net": {"w": torch.zeros(1)}, "epoch": 3, **state}, tmp_path / f"mixed{i}")
+    cases: list[tuple[str, str | None]] = [("", None), ("", ""), ("module.", None), ("mixed", "")]
+    for i, (prefix, key) in enumerate(cases):
+        paths = [tmp_path / f"{prefix}{number}" for number in range(2)]
+        checkpoint.merge(paths, tmp_path / f"out{i}", key=key)
+        checkpoint.export(paths[1], tmp_path / f"out{i}.safetensors", key=key)
+        assert same_bits(loaded(tmp_path / f"out{i}"), average), (prefix, key)
+        assert same_bits(loaded(tmp_path / f"out{i}.safetensors"), values[1])
+    checkpoint.export(tmp_path / "out0", tmp_path / "again.safetensors")  # its only entry
+    assert same_bits(loaded(tmp_path / "again.safetensors"), average)
+    checkpoint.merge([tmp_path / "0"], tmp_path / "part", key="model")  # the names below it, as before
+    assert same_bits(loaded(tmp_path / "part"), {"w": values[0]["model.w"]})
+    for path, key in (("mixed0", None), ("0", "epoch")):
+        with pytest.raises(ValueError, match=rf"the key of an entry, got {key=} for .*; pass one of \"\"(, net)?$"):
+            checkpoint.merge([tmp_path / path], tmp_path / "none", key=key)
+
+
+def test_one_source_keeps_its_bits(tmp_path: Path) -> None:
+    special = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 3e38])
+    (values,) = states(1, special=special, tiny=special.double() / 3)
+    (path,) = saved(tmp_path, [values], "s")
+    for rule in RULES[:4]:
+        checkpoint.merge([path], tmp_path / f"{rule}.safetensors", rule=rule)
+        assert (tmp_path / f"{rule}.safetensors").read_bytes() == path_of_same(tmp_path, path).read_bytes()
+
+
+def path_of_same(folder: Path, path: Path) -> Path:
+    """Return the same tensors as this library writes them, by `export`."""
+    if not (folder / "same.safetensors").exists():
+        checkpoint.export(path, folder / "same.safetensors")
+    values, same = load_file(path), load_file(folder / "same.safetensors")
+    assert all(
+        torch.equal(value.view(-1).view(torch.uint8), same[n].view(-1).view(torch.uint8)) for n, value in values.items()
+    )
+    return folder / "same.safetensors"
+
+
+def test_sums_are_exact_where_float32_is_not(tmp_path: Path) -> None:
+    values = [{"x": torch.tensor([1.0])}, {"x": torch.tensor([2.0**-30])}, {"x": torch.tensor([-1.0])}]
+    checkpoint.merge(saved(tmp_path, values, "s"), tmp_path / "out.safetensors", weights=[1, 1, 1], normalize=False)
+    assert loaded(tmp_path / "out.safetensors")["x"].item() == 2.0**-30
+
+
+def test_the_order_of_equal_sources_changes_no_bit(tmp_path: Path) -> None:
+    values = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    paths = saved(tmp_path, values, "s")
+    results = set()
+    for i, order in enumerate(itertools.permutations(paths)):
+        checkpoint.merge(order, tmp_path / f"out{i}.safetensors")
+        results.add((tmp_path / f"out{i}.safetensors").read_bytes())
+    assert len(results) == 1
+
+
+def test_averages_are_merged_with_buffers_ties_and_frozen_ones(tmp_path: Path) -> None:
+    fulls = []
+    for i in range(3):
+        model = build()
+        model.seen.fill_(i)
+        model.get_buffer("norm.running_mean").fill_(i)
+        average = ShardedAverage(model)
+        for values in trajectory(2, model, seed=i):
+            write(model, values)
+            average.update()
+        checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / f"{i}")
+        fulls.append(average.full_state_dict())
+    paths = [tmp_path / f"{i}" for i in range(3)]
+    checkpoint.merge(paths, tmp_path / "out", rule=EMA(decay=0.5))
+    merged = loaded(tmp_path / "out")
+    build().load_state_dict(merged, strict=True)
+    assert is_close(merged, expected(closed_form(EMA(decay=0.5), 3), fulls))
+    assert merged["seen"] == 2
+    assert torch.equal(merged["again.weight"], merged["tied.weight"])
+
+
+def merge_on_ranks(folder: Path, paths: list[Path]) -> None:
+    safetensors_io._MAX_FILE_BYTES = 50
+    checkpoint.merge(paths[::-1], folder / "checkpoint", key="model")
+    checkpoint.merge(paths, folder / "files", key="model")
+    model = wrap(build(), "fsdp2")
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    checkpoint.save(state, folder / "model")
+    checkpoint.merge([folder / "model", folder / "model"], folder / "twice", key="model")
+    before = {
+        name: value.full_tensor().clone() for name, value in state["model"].items() if hasattr(value, "full_tensor")
+    }
+    for value in state["model"].values():
+        value.zero_()
+    checkpoint.load(state, folder / "twice")
+    assert before
+    assert all(torch.equal(state["model"][name].full_tensor(), value) for name, value in before.items())
+    with pytest.raises(FileExistsError):
+        checkpoint.merge(paths, folder / "files", key="model")
+    with pytest.raises(ValueError, match=r"needs a finite weight for each of 4 sources"):
+        checkpoint.merge(paths, folder / "none", weights=[1], key="model")
+
+
+def test_ranks_share_the_work(tmp_path: Path) -> None:
+    """The same files, byte for byte, from one process and from three."""
+    paths = saved(tmp_path, states(4), "cs")
+    run_on_ranks(merge_on_ranks, 3, tmp_path, paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_io, "_MAX_FILE_BYTES", 50)
+        checkpoint.merge(paths, tmp_path / "alone", key="model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    assert len(files) > 3
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
+    checkpoint.merge(paths[::-1], tmp_path / "one checkpoint", key="model")
+    assert same_bits(loaded(tmp_path / "checkpoint"), loaded(tmp_path / "one checkpoint"))
+    assert not (tmp_path / "none").exists()
+
+
+def change_name(state: dict[str, Tensor]) -> None:
+    state["other"] = state.pop("half")
+
+
+def add_name(state: dict[str, Tensor]) -> None:
+    state["other"] = torch.zeros(1)
+
+
+def change_shape(state: dict[str, Tensor]) -> None:
+    state["a.weight"] = state["a.weight"].t().contiguous()
+
+
+def change_dtype(state: dict[str, Tensor]) -> None:
+    state["a.weight"] = state["a.weight"].half()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_name, r"got half=float16\[3\] in .*0.safetensors and missing in model in .*1; merge"),
+        (add_name, r"got other=missing in .*0.safetensors and float32\[1\] in model in .*1; merge"),
+        (change_shape, r"got a.weight=float32\[7, 5\] in .*0.safetensors and float32\[5, 7\] in model in .*1; merge"),
+        (change_dtype, r"got a.weight=float32\[7, 5\] in .*0.safetensors and float16\[7, 5\] in model in .*1; merge"),
+    ],
+)
+def test_the_first_difference_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    values = states(3)
+    change(values[1])
+    with pytest.raises(ValueError, match=r"needs sources with the same names, shapes and dtypes, " + message):
+        checkpoint.merge(saved(tmp_path, values, "sc"), tmp_path / "out", key="model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weights": [1, 2, 3]}, ValueError, r"finite weight for each of 2 sources, got weights=\[1, 2, 3\]; pass"),
+        ({"weights": [1, float("nan")]}, ValueError, r"needs a finite weight for each of 2 sources"),
+        ({"weights": [0, 0], "normalize": False}, ValueError, r"needs weights whose sum is not 0"),
+        ({"weights": [0, 0]}, ValueError, r"needs weights whose sum is not 0, got weights=\[0, 0\]"),
+        (
+            {"weights": [1e308, 1e308]},
+            ValueError,
+            r"finite weight for each of 2 .*; pass as many, of a finite sum",
+        ),
+        ({"weights": [1, 10**400]}, ValueError, r"needs a finite weight for each of 2 sources"),
+        ({"weights": ["1", "2"]}, TypeError, r"needs a list of numbers, got weights=\['1', '2'\]; pass a float"),
+        ({"weights": 5}, TypeError, r"needs a list of numbers, got weights=5; pass a float for each source"),
+        ({"weights": (weight for weight in (1, 2))}, TypeError, r"needs a list of numbers, got weights=<generator"),
+        ({"weights": [1, 1], "rule": EMA(decay=0.5)}, ValueError, r"needs a rule or weights, got rule=EMA"),
+        (
+            {"rule": EMA(half_life="3ba")},
+            ValueError,
+            r"needs a rule that counts models, got rule=EMA.*; pass EMA\(decay",
+        ),
+        ({"rule": "equal"}, TypeError, r"needs a rule, got rule='equal'; pass Equal\(\)"),
+        ({"sources": "path"}, TypeError, r"needs a list of paths, got sources='path'; put it into a list"),
+        ({"sources": []}, ValueError, r"needs a source or more, got sources=\[\]"),
+    ],
+)
+def test_arguments(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    paths = saved(tmp_path, states(2), "s")
+    with pytest.raises(error, match=message):
+        checkpoint.merge(options.pop("sources", paths), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.safetensors", lambda whole: whole[:-1]),
+        ("header.safetensors", lambda whole: whole[:8] + b"x" + whole[9:]),
+        ("empty.safetensors", lambda whole: b""),
+        ("long.safetensors", lambda whole: b"\xff" * 8 + whole[8:]),
+    ],
+)
+def test_damaged_safetensors(tmp_path: Path, name: str, content: Callable[[bytes], bytes]) -> None:
+    (path,) = saved(tmp_path, states(1), "s")
+    (tmp_path / name).write_bytes(content(path.read_bytes()))
+    with pytest.raises(checkpoint.CheckpointError, match=rf"needs? a file as it was written, got .*{name}: "):
+        checkpoint.merge([path, tmp_path / name], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"a": "../other/0.safetensors"}, r"index as it was written, got .*: a file outside of the folder"),
+        ({"a": "missing.safetensors"}, r"need all files of the folder, got none at .*missing.safetensors"),
+        ({"a": "0.safetensors", "z": "0.safetensors"}, r"got none of z"),
+        ({"a": "0.safetensors", "b": "1.safetensors"}, r"need each tensor once, got b again in .*0.safetensors"),
+        ({"a": ""}, r"index as it was written, got .*: a file outside of the folder"),
+        ({"a": "folder"}, r"need a file as it was written, got .*folder: .*; restore it"),
+        ({"a": ".."}, r"index as it was written, got .*: a file outside of the folder"),
+        ([], r"index as it was written"),
+        ("deep", r"index as it was written, got .*index.json: .*recursion"),
+    ],
+)
+def test_damaged_index(tmp_path: Path, index: Any, message: str) -> None:
+    folder = tmp_path / "sources"
+    (folder / "folder").mkdir(parents=True)
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, folder / "0.safetensors")
+    save_file({"b": torch.ones(1)}, folder / "1.safetensors")
+    text = "[" * 100_000 if index == "deep" else json.dumps({"weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.merge([folder], tmp_path / "out")
+
+
+NUM_TENSORS, TENSOR_BYTES = 24, 4 << 20
+MEASURE = """
+import re, sys
+from pathlib import Path
+from dist_swa import checkpoint
+
+def status(field):
+    return 1024 * int(re.findall(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[0])
+
+small, out, *sources = sys.argv[1:]
+checkpoint.merge([small], out + "-small", key="model")  # imports what is imported late
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+checkpoint.merge(sources, out, key="model")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["s", "c"])
+def test_peak_memory_is_a_few_times_the_largest_tensor(tmp_path: Path, kind: str) -> None:
+    values = [{f"{i}": torch.randn(TENSOR_BYTES // 4) for i in range(NUM_TENSORS)} for _ in range(3)]
+    (tmp_path / "small").mkdir()
+    (small,) = saved(tmp_path / "small", [{"x": torch.ones(1)}], kind)
+    paths = saved(tmp_path, values, kind)
+    command = [sys.executable, "-c", MEASURE, str(small), str(tmp_path / "out"), *map(str, paths)]
+    root = Path(checkpoint.__file__).parents[2]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # else malloc keeps what was freed
+    peak_bytes = int(subprocess.check_output(command, text=True, cwd=root, env=environment))
+    assert is_close(loaded(tmp_path / "out"), expected([1 / 3] * 3, values))
+    # Blocks of float64, and what the libraries take for themselves; all tensors are 24, three times.
+    assert TENSOR_BYTES < peak_bytes < 5.5 * TENSOR_BYTES + (6 << 20)
