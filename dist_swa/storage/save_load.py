@@ -103,8 +103,9 @@ def save_async(
 def load(state: dict[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
     """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
 
-    For any number of ranks and any wrappers. An entry that is `Checked`, such as an average, is reset where the checkpoint has
-    nothing of it, with one warning. A checkpoint by plain dcp.save has no checksums: one warning says that damage inside of tensors is not looked for.
+    The number of ranks and the wrappers may be others than those of the save. An entry that is `Checked`, such as an
+    average, is reset where the checkpoint has nothing of it, with one warning. A checkpoint by plain dcp.save has no
+    checksums: one warning says that damage inside tensors is not detected.
 
     Raises on every rank alike, and before anything has changed: CheckpointError for a checkpoint that is damaged,
     incomplete or would run code, ValueError for one that does not fit the state. (Where a file fails while it is read
