@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -40,24 +39,70 @@ def phase_lr(lr: float, swa_lr: float | None, anneal_strategy: str, fraction: fl
     return lr + (swa_lr - lr) * fraction
 
 
-def check_groups(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
-    """Raise RuntimeError unless `optimizer` has as many param groups as there are `lrs`."""
-    if len(lrs) != len(optimizer.param_groups):
-        raise RuntimeError(
-            f"the learning-rate phase needs the {len(lrs)} param groups of swa_start, got"
-            f" num_groups={len(optimizer.param_groups)}; add groups before swa_start"
-        )
+class LRPhase:
+    """The learning-rate phase of one optimizer. It knows the rates of `swa_start`, and sets those of the phase.
 
+    Without `is_scheduled` it only knows the rates, for a run that is resumed with a phase.
+    """
 
-def get_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate of every param group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        is_scheduled: bool,
+        swa_lr: float | None,
+        anneal_strategy: str,
+        anneal_steps: int,
+    ) -> None:
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"SWA needs a torch optimizer, got optimizer={optimizer!r}; pass the one that steps the model"
+            )
+        check_phase(swa_lr, anneal_strategy, anneal_steps)
+        if swa_lr is not None and not is_scheduled:
+            raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
+        if is_scheduled and optimizer is None:
+            raise ValueError("schedule_swa_lr needs an optimizer, got optimizer=None; pass the optimizer")
+        self._optimizer = optimizer
+        self._is_scheduled = is_scheduled
+        self._swa_lr = swa_lr
+        self._anneal = (anneal_strategy, anneal_steps)
+        self.start_lrs: list[float] = []  # of each param group at `swa_start`; empty before
 
+    def check_groups(self) -> None:
+        """Raise RuntimeError unless the optimizer has as many param groups as at `swa_start`."""
+        if self._optimizer is not None and self.start_lrs and len(self.start_lrs) != len(self._optimizer.param_groups):
+            raise RuntimeError(
+                f"the learning-rate phase needs the {len(self.start_lrs)} param groups of swa_start, got"
+                f" num_groups={len(self._optimizer.param_groups)}; add groups before swa_start"
+            )
 
-def set_lrs(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
-    """Set the learning rate of every param group; one that is a tensor (capturable, compiled) is written in place."""
-    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    def write(self, num_averaged: int) -> None:
+        """Set the rates after `num_averaged` updates. The first call takes those of the optimizer as `start_lrs`."""
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self.start_lrs = self.start_lrs or [float(group["lr"]) for group in groups]
+        if not self._is_scheduled:
+            return
+        strategy, steps = self._anneal
+        for group, start_lr in zip(groups, self.start_lrs, strict=True):
+            lr = phase_lr(start_lr, self._swa_lr, strategy, num_averaged / steps)
+            if isinstance(group["lr"], Tensor):  # of a capturable or compiled optimizer
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def saved_lrs(self) -> list[float]:
+        """Return the rates at `swa_start` for a checkpoint: NaN before `swa_start`, none without an optimizer."""
+        num_groups = 0 if self._optimizer is None else len(self._optimizer.param_groups)
+        return self.start_lrs or [math.nan] * num_groups
+
+    def checked(self, saved_lrs: list[float]) -> list[float]:
+        """Return the rates of a checkpoint for this optimizer; ValueError for another number of param groups."""
+        if self._optimizer is None:
+            return []
+        num_groups = len(self._optimizer.param_groups)
+        if len(saved_lrs) != num_groups:
+            raise ValueError(
+                f"load_state_dict needs the {len(saved_lrs)} param groups of the checkpoint, got {num_groups=}; build"
+                " the optimizer as it was"
+            )
+        return saved_lrs

@@ -130,6 +130,15 @@ class Schedule:
         """Whether the schedule reads epochs in a run that never told where they end."""
         return "ep" in self.units and self.steps_per_epoch is None and self.now.epochs == 0
 
+    def why_no_update(self) -> str:
+        """Return the reason why no update was due so far."""
+        steps = f"in {self.now.batches} steps"
+        if self.epochs_unknown:
+            return f"no epoch ended {steps}, got steps_per_epoch=None and no end_epoch call"
+        if not self.started:
+            return f"swa_start={self.start} was not reached {steps}"
+        return f"no update was made {steps}, update_interval={self.interval}"
+
     def undo_update(self, before: Mapping[str, list[int]]) -> None:
         """Take back the update of the last check, which came after the state `before`; the next check asks again."""
         first_update = before["first_update"]

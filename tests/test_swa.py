@@ -90,7 +90,7 @@ def test_reset_starts_anew_within_the_run() -> None:
     swa = SWA(model, optimizer, **options, rule={"mean": Equal(), "ema": EMA(decay=0.5)}, transfer="mean")
     assert run(swa, model, 9) == [8, 9]
     assert optimizer.param_groups[0]["lr"] == 0.5
-    with swa.swapped_in(), pytest.raises(RuntimeError, match="reset needs the model to carry its trained weights"):
+    with swa.swapped_in(), pytest.raises(RuntimeError, match="reset needs the model to have its trained weights"):
         swa.reset()
     assert swa.num_averaged == 2
     swa.num_skipped = 1
@@ -105,10 +105,13 @@ def test_reset_starts_anew_within_the_run() -> None:
     assert swa.schedule.now.batches == 0
 
 
-def test_defaults_are_composers() -> None:
+def test_by_default_every_step_from_seven_tenths_to_the_end_counts() -> None:
     model = linear()
     swa = SWA(model, max_duration="100ba", steps_per_epoch=10)
-    assert run(swa, model, 100) == [70, 80, 90, 100]
+    assert run(swa, model, 100) == list(range(70, 101))
+    assert not swa.completed
+    assert model.weight.eq(100).all()
+    swa.finalize()
     assert swa.completed
     assert model.weight.eq(85).all()
 
@@ -158,23 +161,25 @@ def test_nothing_averaged_warns_once_and_changes_nothing() -> None:
     model = linear()
     swa = SWA(model, max_duration="20ba", swa_start="0.9dur", swa_end=None, update_interval="1ba")
     run(swa, model, 5)
-    with pytest.warns(UserWarning, match=r"no model was averaged in 5 steps, swa_start=0.9dur;") as warned:
+    with pytest.warns(
+        UserWarning, match=r"averaged: swa_start=0.9dur was not reached in 5 steps; the model keeps"
+    ) as warned:
         swa.finalize()
     assert len(warned) == 1
     assert model.weight.eq(5).all()
     assert not swa.completed
 
 
-def test_epochs_that_were_never_told_raise_at_finalize() -> None:
+@pytest.mark.parametrize(
+    "options", [{"swa_start": "1ba", "update_interval": "1ep"}, {"swa_start": "0.1dur", "max_duration": "9ep"}]
+)
+def test_finalize_warns_where_nobody_counted_epochs(options: dict[str, Any]) -> None:
     model = linear()
-    for options in ({"swa_start": "1ba"}, {"swa_start": "0.1dur", "max_duration": "9ep", "update_interval": "1ba"}):
-        swa = SWA(model, swa_end=None, **options)  # type: ignore[arg-type]
-        run(swa, model, 5)
-        with pytest.raises(
-            RuntimeError, match=r"needs to know where they end, .* no end_epoch call; pass steps_per_ep"
-        ):
-            swa.finalize()
-        assert model.weight.eq(5).all()
+    swa = SWA(model, **options)
+    run(swa, model, 5)
+    with pytest.warns(UserWarning, match=r"averaged: no epoch ended in 5 steps, .* no end_epoch call; the model"):
+        swa.finalize()
+    assert model.weight.eq(5).all()
 
 
 @on_ranks(1, 2, 3)

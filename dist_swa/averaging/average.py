@@ -1,50 +1,50 @@
-"""The averages of a model: each rank keeps, updates and swaps in those of its own shards."""
+"""ShardedAverage: the averages of a model, of which each rank updates and swaps in its own shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_swa.averaging.lerp import lerp, plan
+from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
-from dist_swa.averaging.state import AverageState, check_keys
+from dist_swa.averaging.state import AverageState
 from dist_swa.sharding.fqn import NamePattern
 from dist_swa.sharding.model import ModelShards
-from dist_swa.sharding.shard import LocalShard
-
-_UNNAMED = ""  # the key of the only average, where it was given no name
+from dist_swa.sharding.shard import LocalShard, checkpoint_view
 
 
 class ShardedAverage:
-    """Keeps averages of the weights of `model`, sharded as they are, and without communication.
+    """Averages the weights of `model`. Each rank keeps and updates the average of its own shard, without communication.
 
-    Build it on every rank, after the model was wrapped (fully_shard, parallelize_module, DDP, or none of them) and
-    before or after the optimizer. Parameters that require a gradient are averaged; all others are read from the
-    model. Under DDP, and for a plain module with a `process_group` of ranks that hold the same weights,
-    construction is a collective of the group, and each rank keeps 1/world of the average; a plain module without
-    a group is averaged on its own.
+    Build it on every rank, after the model was wrapped (fully_shard, parallelize_module, DDP, or none of them), before
+    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. Under DDP,
+    and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
+    1/world of the average. A plain module without a group is averaged on its own.
 
     Args:
-        rule: how much each model weighs, see `Rule`; or several averages, as ``{"swa": Equal(), "ema":
-            EMA(decay=0.999)}``: they are updated together, in one walk over the parameters, and the methods below
-            take the `name` of one of them.
-        parameters: which of the trainable parameters are averaged: a pattern of FQNs as "head.*" (see `fnmatch`), a
-            function of the FQN, or several. The others stay trained ones when the average is swapped in.
-        dtype: of the average; anything below float32 loses small updates (an EMA in bfloat16 never moves).
-        device: of the average; default: where the parameters are.
-        buffers: "copy": the average has the buffers of the model at the last update. "average": it has their average
-            by the same rule, but copies those that are not floating; one that comes later, or changes its shape, is
+        model: the wrapped module.
+        rule: how much each model weighs (`Rule`). A dict of rules, such as ``{"swa": Equal(), "ema":
+            EMA(decay=0.999)}``, keeps several averages. One `update` reads the parameters once for all of them. The
+            methods below then take the `name` of one average.
+        parameters: which trainable parameters are averaged: a pattern of FQNs such as "head.*" (see `fnmatch`), a
+            function of the FQN, or a list of both. The others keep their trained values when the average is swapped in.
+        dtype: of the average. With a dtype below float32 small updates are lost: an EMA in bfloat16 never moves.
+        device: of the average; default: that of the parameters.
+        buffers: "copy": the average has the buffers that the model had at the last update. "average": floating buffers
+            are averaged by the same rule, others are copied. A buffer that is added later, or changes its shape, is
             averaged from then on.
+        process_group: the ranks that hold the same weights as this one, for a plain module.
 
-    Memory per rank: the local shards in `dtype`, once per average and slot of its rule, under DDP 1/world of them; a
-    copy of the buffers per average, and with "average" one more per slot in `dtype`; 1 MiB where `dtype` or `device`
-    is not the parameters'. Raises ValueError or TypeError for arguments and models that cannot be averaged, on every
-    rank alike.
+    Memory per rank: the local shards in `dtype`, once for each average and slot of its rule (under DDP 1/world of it).
+    A copy of the buffers for each average, and with "average" another one per slot in `dtype`. 1 MiB where `dtype` or
+    `device` is not that of the parameters.
+
+    Raises ValueError or TypeError, on every rank alike, for arguments and models that cannot be averaged.
     """
 
     def __init__(
@@ -59,259 +59,208 @@ class ShardedAverage:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules = named_rules(rule)
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
-        if device is not None and torch.device(device).type == "meta":
-            raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
-        if buffers not in ("copy", "average"):
-            raise ValueError(f"buffers needs to be 'copy' or 'average', got buffers={buffers!r}; 'copy' is the default")
+        _check_storage(dtype, device, buffers)
         self.rule = rule
         self.averages_buffers = buffers == "average"
         self._shards = ModelShards(model, process_group, parameters)
-        self._tracks = {
-            name: AverageState(rule, self._shards, dtype, device, self.averages_buffers) for name, rule in rules.items()
-        }
+        self._averages = Averages(rules, self._shards, dtype, device, self.averages_buffers)
         self._swapped_in: AverageState | None = None
-        self._plan_updates()
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardedAverage(rule={self.rule!r}, num_averaged={self.num_averaged},"
+            f" num_parameters={len(self._shards.averaged)}, bytes_on_this_rank={self._averages.num_bytes})"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the averages; none where there is only one that was given none."""
-        return tuple(name for name in self._tracks if name != _UNNAMED)
+        """The names of the averages. Empty for a single average without a name."""
+        return self._averages.names
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same weights, under DDP or as given; None for all ranks."""
+        """The ranks that hold the same weights: DDP's group, or the one that was given. Otherwise None."""
         return self._shards.group
 
     @property
     def num_averaged(self) -> int:
-        """Models in the average; the same number in each, where there are several."""
-        return next(iter(self._tracks.values())).num_averaged
+        """Models in the average. Several averages have the same number."""
+        return self._averages.num_averaged
 
     @torch.no_grad()
     def update(self, elapsed: Elapsed = None) -> None:
-        """Average the model as it is now, after whichever step. Local; moves 12 bytes per local float32 parameter.
+        """Average the model as it is now. Local, and reads and writes 12 bytes per local float32 parameter.
 
-        `elapsed` is the training since the last update, where a rule has a half-life: a number in its unit, or a
-        mapping such as ``{"ba": 1, "tok": 4096}``. Raises RuntimeError inside `swapped_in` and, of a sharded model,
-        inside a backward, and ValueError where the model has other parameters than the average; nothing has changed
-        then. (Not between the forward of a part of an FSDP2 group and its backward, which it would end.)
+        `elapsed`: the training since the last update, for a rule with a half-life: a number in the unit of the rule, or
+        a mapping such as ``{"ba": 1, "tok": 4096}``.
+
+        Raises RuntimeError inside `swapped_in` and, for a sharded model, inside a backward. Raises ValueError where the
+        model has other parameters than the average. Nothing has changed then. Do not call it between the forward of
+        some modules of an FSDP2 group and their backward: it ends that pass.
         """
-        self.require("update", outside_of_a_swap=True)
-        tracks = self._tracks.values()
-        units = {track.rule.unit for track in tracks if track.rule.unit is not None}
-        if len(units) > 1 and not isinstance(elapsed, Mapping):
-            raise ValueError(
-                f"update of half-lives in several units needs a mapping of {sorted(units)}, got {elapsed=}; pass"
-                ' update(elapsed={"ba": 1, "tok": 4096})'
-            )
-        weights = [track.rule.weight(track.num_averaged + 1, elapsed) for track in tracks]
-        if not self._shards.parameters_unchanged():
-            self._shards.follow()
-        if self._planned is not self._shards.averaged:
-            self._plan_updates()
-        slots, first = [], 0
-        for track in tracks:
-            slots.append(first + track.num_averaged % track.rule.num_slots)
-            first += track.rule.num_slots
-        lerp(self._updates, dict(zip(slots, weights, strict=True)))
-        for track, weight in zip(tracks, weights, strict=True):
-            track.count(weight)
+        self.require_trained_weights("update")
+        self._averages.update(elapsed)
 
     def reset(self) -> None:
-        """Forget what was averaged; the next update is the first. Local. Raises RuntimeError inside `swapped_in`."""
-        self.require("reset", outside_of_a_swap=True)
-        for track in self._tracks.values():
-            track.num_averaged = 0
+        """Forget the average: the next update is the first. Local. Raises RuntimeError inside `swapped_in`."""
+        self.require_trained_weights("reset")
+        self._averages.reset()
 
     @contextmanager
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
-        """Let the model carry the averaged weights and buffers inside the ``with``, and exactly its own after it.
+        """Put the averaged weights and buffers into the model inside the ``with``, and restore its own on exit.
 
-        Entering is a collective under DDP; leaving is local, also on an error. What is written into buffers inside
-        (a recalibration) stays with the average. torch's random state, of the CPU and the model's device, is given
-        back as well. Memory: a copy of the trained weights that this rank holds, and of the buffers. Raises
-        RuntimeError before the first update and inside another ``swapped_in``, ValueError where the model has other
-        parameters than the average.
+        Every rank calls it. Entering is a collective under DDP. Leaving is local, also on an error. Buffers that are
+        written inside, as by a recalibration, stay with the average. torch's random state, of the CPU and of the
+        model's device, is restored as well. Memory: a copy of the trained weights of this rank, and of the buffers.
+
+        Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the model
+        has other parameters than the average.
         """
-        track = self.track("swapped_in", name)
-        self.require("swapped_in", outside_of_a_swap=True, updated=True)
+        state = self._averages.get("swapped_in", name)
+        self.require_trained_weights("swapped_in")
+        self._require_average("swapped_in")
         with self._shards.raise_on_replicas():
-            self._shards.follow()
-        with self._kept_random_state(), self._shards.preserve_state():
+            self._shards.refresh()
+        with self._preserve_random_state(), self._shards.preserve_state():
             try:
-                self._swapped_in = track
-                self._write(track)
+                self._swapped_in = state
+                self._write(state)
                 yield
             finally:
                 self._swapped_in = None
                 torch.clear_autocast_cache()
                 with torch.no_grad():
-                    track.copy_buffers_from_model()
+                    state.copy_buffers_from_model()
 
     def transfer(self, name: str | None = None) -> None:
-        """Put the averaged weights and buffers into the model, for good. A collective under DDP.
+        """Put the averaged weights and buffers into the model, permanently. A collective under DDP.
 
-        Raises RuntimeError before the first update and inside `swapped_in`, ValueError where the model has other
+        Raises RuntimeError before the first update and inside `swapped_in`, and ValueError where the model has other
         parameters than the average.
         """
-        track = self.track("transfer", name)
-        self.require("transfer", outside_of_a_swap=True, updated=True)
+        state = self._averages.get("transfer", name)
+        self.require_trained_weights("transfer")
+        self._require_average("transfer")
         with self._shards.raise_on_replicas():
-            self._shards.follow()
-        self._write(track)
+            self._shards.refresh()
+        self._write(state)
 
     def is_model_finite(self) -> bool:
-        """Whether no rank's shard of the averaged parameters holds NaN or inf. The same answer on every rank.
+        """Whether no rank's shard of the averaged parameters has NaN or inf. Returns the same on every rank.
 
-        A collective where the model is sharded or replicated: one all-reduce of an integer for each axis of its
-        meshes. Reads the local shards once.
+        For a sharded or replicated model a collective: one all-reduce of an integer for each axis of its meshes. Reads
+        the local shards once.
         """
         return self._shards.is_finite()
 
     @torch.no_grad()
     def full_state_dict(self, name: str | None = None) -> dict[str, Any]:
-        """Return whole averaged tensors on the CPU on the first rank, and {} elsewhere; copies.
+        """Return copies of the whole averaged tensors on the CPU, on the first rank, and {} on other ranks.
 
-        A collective where the model is sharded or replicated over ranks; a plain module without a group returns
-        the dict on every rank. Loads into the unwrapped model with ``strict=True``: parameters in the average's
-        dtype under all their names, others and persistent buffers in their own. Memory: one whole parameter
-        at a time on every rank, the whole model on the first. Raises RuntimeError before the first update.
+        A collective for a model that is sharded or replicated; for a plain module without a group every rank gets the
+        dict. It loads into the unwrapped model with ``strict=True``: parameters in the dtype of the average, under all
+        their names if they are tied, and other parameters and persistent buffers in their own dtypes. Memory: one whole
+        parameter at a time on every rank, the whole model on the first. Raises RuntimeError before the first update.
         """
-        shards, is_first = self._shards, self._shards.is_first_rank
-        deployed = self._deployed("full_state_dict", name)
-        held = {
-            shard.name: shard.local_tensor for shard in shards.others if shard.rows is not None
-        }  # whole on every rank
         full: dict[str, Any] = {}
-        for shard, local in deployed:
-            whole = held[shard.name] if shard.name in held else shard.full_tensor(local)
-            if is_first:
+        for shard, local in self._averaged_model("full_state_dict", name):
+            whole = shard.full_tensor_of_model() if local is None else shard.full_tensor(local)
+            if self._shards.is_first_rank:
                 full |= dict.fromkeys(shard.names, whole.to("cpu", copy=True))
-        return full | shards.extra_state() if is_first else full
+        return full | self._shards.extra_state() if self._shards.is_first_rank else full
 
     @torch.no_grad()
     def sharded_state_dict(self, name: str | None = None) -> dict[str, Any]:
-        """Return what `full_state_dict` does, but on every rank and sharded: DTensors for torch.distributed.checkpoint.
+        """Return the averaged model, sharded, for torch.distributed.checkpoint. Every rank calls it.
 
-        They lie on the storage of average and model (under FSDP1, and for a `Window`, on a copy). Local, but a
-        collective under FSDP1. Raises RuntimeError before the first update.
+        Keys and values are those of `full_state_dict`. Parameters are DTensors on the storage of average and model
+        (under FSDP1, and for a `Window`, copies). Local, except under FSDP1, where it is a collective. Raises
+        RuntimeError before the first update.
         """
         state: dict[str, Any] = {}
-        for shard, local in self._deployed("sharded_state_dict", name):
-            state |= dict.fromkeys(shard.names, self._shards.checkpoint_view(shard, local))
+        for shard, local in self._averaged_model("sharded_state_dict", name):
+            local = shard.local if local is None else local
+            state |= dict.fromkeys(shard.names, checkpoint_view(shard, local, self._shards.is_first_rank))
         return state | self._shards.extra_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages for torch.distributed.checkpoint: tensors on their own storage. Local, no copy.
+        """Return the averages for torch.distributed.checkpoint, as tensors on their own storage. Local, without a copy.
 
-        (Under FSDP1 a copy, and one all-reduce for each parameter, here and in `load_state_dict`.)
-        Keys: see `dist_swa.checkpoint`; a parameter is a DTensor of its whole shape.
-        Call it on every rank, or let dcp.save and dcp.load do so. Raises RuntimeError inside `swapped_in`, where the
-        model's own state dict would be the average as well.
+        Call it on every rank, or let dcp.save and dcp.load call it. A parameter is a DTensor of its whole shape; the
+        other keys are listed in `dist_swa.checkpoint`. Under FSDP1 it makes copies, and this and `load_state_dict` make
+        one all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the state dict of the model would
+        have the averaged weights, too.
         """
-        self.require("state_dict", outside_of_a_swap=True)
-        self._shards.follow()
-        states = {name: track.state_dict() for name, track in self._tracks.items()}
-        return states.get(_UNNAMED, states)
+        self.require_trained_weights("state_dict")
+        self._shards.refresh()
+        return self._averages.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, here or in another run through torch.distributed.checkpoint.
+        """Load what `state_dict` returned, in this run or, through torch.distributed.checkpoint, in another one.
 
-        Local (but see `state_dict`); every rank calls it. The rule stays the constructor's: another class, and another
-        size of a `Window`, raise ValueError, other parameters of the same class give one warning. ValueError, too,
-        for other parameters of the model, which names the first that differs, and for a newer format; RuntimeError
-        inside `swapped_in`. Nothing has changed then.
+        Every rank calls it. Local, except under FSDP1. The rule stays that of the constructor: other parameters of the
+        same class give one warning; another class, and a `Window` of another size, raise ValueError. ValueError, too,
+        for a newer format, and for a model with other parameters (it names the first). RuntimeError inside
+        `swapped_in`. Nothing has changed after an error.
         """
-        self.require("load_state_dict", outside_of_a_swap=True)
-        self._shards.follow()
-        check_keys(state_dict, self.names)
-        states = {name: state_dict if name == _UNNAMED else state_dict[name] for name in self._tracks}
-        parts = {name: track.parts_of(states[name]) for name, track in self._tracks.items()}
-        counts = {name: int(state["num_averaged"]) for name, state in states.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(
-                f"load_state_dict needs averages that were updated together, got num_averaged={counts}; pass the"
-                " averages of one checkpoint"
-            )
-        for name, track in self._tracks.items():
-            track.load(states[name], parts[name])
+        self.require_trained_weights("load_state_dict")
+        self._shards.refresh()
+        self._averages.load_state_dict(state_dict)
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise, before anything is read, what `load_state_dict` would raise when model and average have changed.
+        """Raise what `load_state_dict` would raise for `saved`, an entry of a checkpoint, before it is read. Local.
 
-        `saved` maps the keys of a checkpoint's entry, such as "slots.0.weight", to values that are read on access.
-        Empty: the checkpoint has nothing, and `reset` follows. Local. (`dist_swa.storage.save_load.Checked`)
+        `saved` maps keys such as "slots.0.weight" to values, which are read on access. `dist_swa.checkpoint.load` calls
+        it; an empty `saved` is followed by `reset`.
         """
-        self.require("load", outside_of_a_swap=True)
-        for name, track in self._tracks.items():
-            prefix = f"{name}." if name else ""
-            track.check_saved({key.removeprefix(prefix): key for key in saved if key.startswith(prefix)}, saved)
+        self.require_trained_weights("load")
+        self._averages.check_saved(saved)
 
-    def track(self, action: str, name: str | None) -> AverageState:
-        """Return the average of that name, or the only one; ValueError where `action` needs another name."""
-        if name is None and len(self._tracks) == 1:
-            (track,) = self._tracks.values()
-            return track
-        if name is None or name not in self.names:
-            names = f"pass one of {', '.join(self.names)}" if self.names else "leave it out, the average has no name"
-            raise ValueError(f"{action} needs the name of an average, got name={name!r}; {names}")
-        return self._tracks[name]
-
-    def require(self, action: str, *, outside_of_a_swap: bool = False, updated: bool = False) -> None:
-        """Raise RuntimeError where `action` was called in a wrong order."""
-        if outside_of_a_swap and self._swapped_in is not None:
+    def require_trained_weights(self, action: str) -> None:
+        """Raise RuntimeError where `action` was called inside `swapped_in`."""
+        if self._swapped_in is not None:
             raise RuntimeError(
-                f"{action} needs the model to carry its trained weights, got a call inside swapped_in; leave it first"
+                f"{action} needs the model to have its trained weights, got a call inside swapped_in; leave it first"
             )
-        if updated and self.num_averaged == 0:
+
+    def _require_average(self, action: str) -> None:
+        if self.num_averaged == 0:
             raise RuntimeError(f"{action} needs an average, got num_averaged=0; call update first")
 
-    def _plan_updates(self) -> None:
-        """Pair averages with shards, once: in lists that foreach takes, split and staged where dtypes differ."""
-        self._planned = self._shards.averaged  # another list after each `follow`, whoever called that
-        slots = [slot for track in self._tracks.values() for slot in track.slots]
-        self._updates = plan(slots, [shard.local for shard in self._planned])
+    def _averaged_model(self, action: str, name: str | None) -> list[tuple[LocalShard, Tensor | None]]:
+        """Return each parameter and persistent buffer of the averaged model, with this rank's part of the average.
 
-    def _deployed(self, action: str, name: str | None) -> list[tuple[LocalShard, Tensor]]:
-        """Return each parameter and persistent buffer of the averaged model, with this rank's part of it."""
-        track = self.track(action, name)
-        self.require(action, updated=True)
-        shards = self._shards
-        shards.follow()
-        buffers = {s.name: s.local_tensor for s in shards.buffers} if self._swapped_in is track else track.buffers
+        None for a parameter that is not averaged: the model has it.
+        """
+        state, shards = self._averages.get(action, name), self._shards
+        self._require_average(action)
+        shards.refresh()
+        buffers = {s.name: s.local_tensor for s in shards.buffers} if self._swapped_in is state else state.buffers
         return [
-            *zip(shards.averaged, track.averages(), strict=True),
-            *((shard, shard.local) for shard in shards.others),
+            *zip(shards.averaged, state.averages(), strict=True),
+            *((shard, None) for shard in shards.others),
             *((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
         ]
 
     @torch.no_grad()
-    def _write(self, track: AverageState) -> None:
-        torch.clear_autocast_cache()  # it may hold casts of the trained weights
-        track.copy_buffers_to_model()
-        self._shards.write(track.averages())
+    def _write(self, state: AverageState) -> None:
+        torch.clear_autocast_cache()  # it may have casts of the trained weights
+        state.copy_buffers_to_model()
+        self._shards.write(state.averages())
 
-    def _kept_random_state(self) -> Any:
+    def _preserve_random_state(self) -> AbstractContextManager[None]:
         device = self._shards.averaged[0].local_tensor.device
         return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
-def named_rules(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
-    """Return the rules by the names of their averages."""
-    rules = dict(rule) if isinstance(rule, Mapping) else {_UNNAMED: rule}
-    for name, one in rules.items():
-        if not isinstance(one, Rule):
-            raise TypeError(f"ShardedAverage needs a rule, got rule={one!r}; pass Equal(), EMA(decay=0.999), ...")
-        if isinstance(rule, Mapping) and not (isinstance(name, str) and name.isidentifier() and name != "schedule"):
-            raise ValueError(
-                f"averages need names of letters, digits and _, other than 'schedule', got name={name!r}; the names are"
-                " keys of checkpoints"
-            )
-    if not rules:
-        raise ValueError("ShardedAverage needs at least one rule, got rule={}; Equal() is the default")
-    return rules
+def _check_storage(dtype: Any, device: Any, buffers: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
+    if buffers not in ("copy", "average"):
+        raise ValueError(f"buffers needs to be 'copy' or 'average', got buffers={buffers!r}; 'copy' is the default")

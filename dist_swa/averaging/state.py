@@ -1,4 +1,4 @@
-"""One average of a model's shards: what is stored of it, and what it looks like in a checkpoint."""
+"""AverageState: what is stored of one average, and its state dict."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from dist_swa.averaging.lerp import lerp, mean, plan
 from dist_swa.averaging.rules import Rule
 from dist_swa.sharding.model import ModelShards
-from dist_swa.sharding.shard import LocalShard, write_into
+from dist_swa.sharding.shard import LocalShard, checkpoint_view, copy_unless_expanded
 
 FORMAT_VERSION = 1
-_RULE_BYTES = 256  # a fixed size, so that other parameters of a rule do not change a checkpoint's shapes
+_RULE_BYTES = 256  # a fixed size: a rule with other parameters must not change the shapes of a checkpoint
 _KEYS = ("format_version", "num_averaged", "num_parameters", "num_others", "rule", "slots", "buffers", "ties")
 
 
 class AverageState:
-    """The average by one rule: plain local tensors, in the order of the averaged shards, once per slot of the rule.
+    """The average by one rule: `slots` has a list of local tensors per slot, in the order of the averaged shards.
 
-    `buffers` are what the average has, in the dtypes of the model's. Where they are averaged, `_sums` holds, for each
-    slot, the floating ones in the average's dtype; they are named, since buffers may come and go.
+    `buffers` are those of the average, in the model's dtypes. Where buffers are averaged, `_buffer_slots` has the
+    floating ones in the average's dtype, one dict per slot. Buffers are stored by name, since they may come and go.
     """
 
     def __init__(
@@ -41,140 +41,136 @@ class AverageState:
         self._dtype, self._device = dtype, device
         self._averages_buffers = averages_buffers
         self.buffers: dict[str, Tensor] = {}
-        self._sums: list[dict[str, Tensor]] = [{} for _ in range(rule.num_slots)]
+        self._buffer_slots: list[dict[str, Tensor]] = [{} for _ in range(rule.num_slots)]
         with torch.inference_mode(False):
-            self.slots = [[self._new(shard.local) for shard in shards.averaged] for _ in self._sums]
+            self.slots = [[self._zeros_like(shard.local) for shard in shards.averaged] for _ in self._buffer_slots]
         self._renew_buffers()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the average on this rank."""
+        slots = [*self.slots, *(slot.values() for slot in self._buffer_slots), self.buffers.values()]
+        return sum(tensor.nbytes for slot in slots for tensor in slot)
+
     def averages(self) -> list[Tensor]:
-        """Return the averaged shards: the only slot in use, or the mean of several, a copy."""
+        """Return the averaged shards: the only slot in use, or the mean of several, which is a copy."""
         return mean(self.slots[: self.num_averaged])
 
-    def count(self, weight: float) -> None:
-        """Count a model that has moved the slots, and let its buffers follow: copied, or averaged with its weight."""
+    def advance(self, weight: float) -> None:
+        """Count a model that the slots were moved to, and copy or average its buffers."""
         shared = self._shared_buffers()
         if not len(shared) == len(self._shards.buffers) == len(self.buffers):
             self._renew_buffers()
         slot = self.num_averaged % len(self.slots)
         self.num_averaged += 1
         self.copy_buffers_from_model()
-        sums = self._sums[: self.num_averaged]
-        if names := list(sums[0]):
-            held = {shard.name: shard.local_tensor for shard in self._shards.buffers}
-            lerp(plan([list(self._sums[slot].values())], [held[name] for name in names]), {0: weight})
-            for name, average in zip(names, mean([list(slot.values()) for slot in sums]), strict=True):
+        used = self._buffer_slots[: self.num_averaged]
+        if names := list(used[0]):
+            values = {shard.name: shard.local_tensor for shard in self._shards.buffers}
+            lerp(plan([list(self._buffer_slots[slot].values())], [values[name] for name in names]), {0: weight})
+            for name, average in zip(names, mean([list(slot.values()) for slot in used]), strict=True):
                 self.buffers[name].copy_(average)
 
     def copy_buffers_from_model(self) -> None:
-        """Copy the buffers that model and average share from the model."""
         for shard in self._shared_buffers():
             self.buffers[shard.name].copy_(shard.local_tensor)
 
     def copy_buffers_to_model(self) -> None:
-        """Copy the buffers that model and average share into the model."""
         for shard in self._shared_buffers():
-            write_into(shard.local_tensor, self.buffers[shard.name])
+            copy_unless_expanded(shard.local_tensor, self.buffers[shard.name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors only, on the average's own storage (but see `LocalShard.as_dtensor`)."""
-        persistent = self._persistent_buffers()
+        """Return tensors only, on the storage of the average (under FSDP1 copies, and a collective)."""
+        shards, persistent = self._shards, self._persistent_buffers()
         return {
             "format_version": torch.tensor(FORMAT_VERSION),
             "num_averaged": torch.tensor(self.num_averaged),
-            "num_parameters": torch.tensor(len(self._shards.averaged)),
-            "num_others": torch.tensor(len(self._shards.others)),
+            "num_parameters": torch.tensor(len(shards.averaged)),
+            "num_others": torch.tensor(len(shards.others)),
             "rule": {type(self.rule).__name__: _encoded(repr(self.rule).ljust(_RULE_BYTES, "\0"))},
             "slots": {
-                str(i): {
-                    shard.name: self._shards.checkpoint_view(shard, local)
-                    for shard, local in [
-                        *zip(self._shards.averaged, slot, strict=True),
-                        *((shard, sums[shard.name]) for shard in persistent if shard.name in sums),
-                    ]
-                }
-                for i, (slot, sums) in enumerate(zip(self.slots, self._sums, strict=True))
+                str(i): self._views(zip(self._stored_shards(i), self._stored(i), strict=True))
+                for i in range(len(self.slots))
             },
-            "buffers": {
-                shard.name: self._shards.checkpoint_view(shard, self.buffers[shard.name]) for shard in persistent
-            },
+            "buffers": self._views((shard, self.buffers[shard.name]) for shard in persistent),
             "ties": {
                 shard.name: _encoded(json.dumps(shard.names[1:]))
-                for shard in self._shards.everything
+                for shard in shards.everything
                 if len(shard.names) > 1 and shard.is_persistent
             },
         }
 
     def check_saved(self, keys: Mapping[str, str], saved: Mapping[str, Any]) -> None:
-        """Raise ValueError where `saved` is of a newer format, or has slots that model and rule do not have.
+        """Raise ValueError where `saved` has a newer format, or slots that model and rule do not have.
 
         `keys` maps the keys of this average to those of `saved`.
         """
-        if "format_version" in keys and (version := int(saved[keys["format_version"]])) > FORMAT_VERSION:
-            raise ValueError(
-                f"load needs format_version <= {FORMAT_VERSION}, got {keys['format_version']}={version}; update"
-                " dist_swa"
-            )
-        names = {shard.name for shard in [*self._shards.averaged, *self._persistent_buffers()]}
+        if "format_version" in keys:
+            _check_version(saved[keys["format_version"]])
+        expected = {f"slots.{i}.{shard.name}" for i in range(len(self.slots)) for shard in self._stored_shards(i)}
         for key in keys:
-            parent, _, rest = key.partition(".")
-            slot, _, name = rest.partition(".")
-            if parent == "slots" and not (slot.isdecimal() and int(slot) < len(self.slots) and name in names):
+            if key.startswith("slots.") and key not in expected:
                 raise ValueError(
                     f"load needs the model and rule that the checkpoint was averaged with, got {keys[key]}, which they"
                     " do not have; build them as they were"
                 )
 
-    def parts_of(self, state: Mapping[str, Any]) -> list[Tensor]:
-        """Return this rank's part of each tensor in `state`, which `load` takes; ValueError for what does not fit."""
+    def local_tensors_of(self, state: Mapping[str, Any]) -> list[Tensor]:
+        """Return this rank's part of each tensor in `state`, for `load`; ValueError where `state` does not fit."""
         self._check_header(state)
-        averaged, persistent = self._shards.averaged, self._persistent_buffers()
         parts: list[Tensor] = []
-        for i, sums in enumerate(self._sums):
-            saved = state["slots"][str(i)]
-            parts += _parts(saved, [*averaged, *(shard for shard in persistent if shard.name in sums)])
-        parts += _parts(state["buffers"], persistent)
+        for i in range(len(self.slots)):
+            parts += _local_tensors(state["slots"][str(i)], self._stored_shards(i))
+        parts += _local_tensors(state["buffers"], self._persistent_buffers())
         num_parameters = int(state["num_parameters"])
-        if num_parameters != len(averaged):  # torch.distributed.checkpoint leaves out what it is not asked for
+        if num_parameters != len(self._shards.averaged):  # DCP does not read what the state dict has no key for
             raise ValueError(
-                f"load_state_dict needs a checkpoint of {len(averaged)} averaged parameters, got {num_parameters=};"
-                " load it into the model that it was averaged from"
+                f"load_state_dict needs a checkpoint of {len(self._shards.averaged)} averaged parameters, got"
+                f" {num_parameters=}; load it into the model that it was averaged from"
             )
         return parts
 
     def load(self, state: Mapping[str, Any], parts: Sequence[Tensor]) -> None:
-        """Take over `state`, whose `parts` were found to fit."""
-        names = [shard.name for shard in self._persistent_buffers()]
-        mine: list[Tensor] = []
-        for slot, sums in zip(self.slots, self._sums, strict=True):
-            mine += [*slot, *(sums[name] for name in names if name in sums)]
-        mine += [self.buffers[name] for name in names]
-        for tensor, part in zip(mine, parts, strict=True):
-            tensor.copy_(part)
+        """Copy `parts`, which `local_tensors_of` returned for `state`, into the average."""
+        targets = [tensor for i in range(len(self.slots)) for tensor in self._stored(i)]
+        targets += [self.buffers[shard.name] for shard in self._persistent_buffers()]
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
         self.num_averaged = int(state["num_averaged"])
 
-    def _new(self, like: Tensor) -> Tensor:
-        dtype = self._dtype.to_complex() if like.is_complex() else self._dtype
-        return torch.zeros_like(like, dtype=dtype, device=self._device)
+    def _stored_shards(self, slot: int) -> list[LocalShard]:
+        """Return the shards of a slot in a checkpoint: averaged parameters, then averaged buffers."""
+        buffers = (shard for shard in self._persistent_buffers() if shard.name in self._buffer_slots[slot])
+        return [*self._shards.averaged, *buffers]
+
+    def _stored(self, slot: int) -> list[Tensor]:
+        """Return the tensors of a slot, in the order of `_stored_shards`."""
+        averaged = len(self._shards.averaged)
+        return [*self.slots[slot], *(self._buffer_slots[slot][s.name] for s in self._stored_shards(slot)[averaged:])]
+
+    def _views(self, tensors: Iterable[tuple[LocalShard, Tensor]]) -> dict[str, Tensor]:
+        is_first = self._shards.is_first_rank
+        return {shard.name: checkpoint_view(shard, local, is_first) for shard, local in tensors}
+
+    def _zeros_like(self, tensor: Tensor) -> Tensor:
+        dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype
+        return torch.zeros_like(tensor, dtype=dtype, device=self._device)
 
     def _renew_buffers(self) -> None:
-        """Let the average have the buffers that the model has; what was averaged of one that still fits is kept."""
+        """Give the average the buffers that the model has now. An averaged buffer that still fits keeps its average."""
         kept = {shard.name for shard in self._shared_buffers()}
         with torch.inference_mode(False):
-            self.buffers = {shard.name: shard.local_tensor.clone() for shard in self._shards.buffers}
-            floating = [
-                s for s in self._shards.buffers if s.local_tensor.is_floating_point() or s.local_tensor.is_complex()
-            ]
-            for i, sums in enumerate(self._sums):
-                self._sums[i] = {
-                    shard.name: sums[shard.name]
-                    if shard.name in kept
-                    else self._new(shard.local_tensor).copy_(shard.local_tensor)
-                    for shard in floating
-                    if self._averages_buffers
+            values = {shard.name: shard.local_tensor for shard in self._shards.buffers}
+            self.buffers = {name: value.clone() for name, value in values.items()}
+            for i, slot in enumerate(self._buffer_slots):
+                self._buffer_slots[i] = {
+                    name: slot[name] if name in kept else self._zeros_like(value).copy_(value)
+                    for name, value in values.items()
+                    if self._averages_buffers and (value.is_floating_point() or value.is_complex())
                 }
 
     def _shared_buffers(self) -> list[LocalShard]:
-        """Return the buffers that model and average both have; others (caches that grew) stay with their side."""
+        """Return the buffers that model and average both have, of one shape. A cache may have grown in one of them."""
         return [
             shard
             for shard in self._shards.buffers
@@ -188,11 +184,7 @@ class AverageState:
 
     def _check_header(self, state: Mapping[str, Any]) -> None:
         check_keys(state, _KEYS)
-        version = int(state["format_version"])
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"load_state_dict needs format_version <= {FORMAT_VERSION}, got {version=}; update dist_swa"
-            )
+        _check_version(state["format_version"])
         name, encoded = next(iter(state["rule"].items()))
         if name != type(self.rule).__name__:
             raise ValueError(
@@ -216,12 +208,19 @@ def check_keys(state: Mapping[str, Any], keys: Iterable[str]) -> None:
         raise ValueError(f"load_state_dict needs what state_dict returns, got {missing=}; pass all of it")
 
 
+def _check_version(version: Any) -> None:
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"loading needs format_version <= {FORMAT_VERSION}, got format_version={int(version)}; update dist_swa"
+        )
+
+
 def _encoded(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _parts(saved: Mapping[str, Tensor], shards: Sequence[LocalShard]) -> list[Tensor]:
-    """Return this rank's part of each tensor in `saved`, or name the first that `shards` does not match."""
+def _local_tensors(saved: Mapping[str, Tensor], shards: Sequence[LocalShard]) -> list[Tensor]:
+    """Return this rank's part of each tensor in `saved`; ValueError with the first name that `shards` do not match."""
     mine = {shard.name: shard for shard in shards}
     for name in [*mine, *saved]:
         shape = tuple(saved[name].shape) if name in saved else None

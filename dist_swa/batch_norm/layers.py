@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from dist_swa.batch_norm.moments import Moments
-from dist_swa.sharding.shard import named_parts
+from dist_swa.sharding.fqn import named_modules
 
 Norm = _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
@@ -21,7 +21,7 @@ _NDIM_OF_AN_INSTANCE = {nn.InstanceNorm1d: 2, nn.InstanceNorm2d: 3, nn.InstanceN
 
 def batch_norm_layers(module: nn.Module) -> dict[str, Norm]:
     """Return the layers of `module` that keep running statistics, by FQN."""
-    parts = named_parts(module).items()
+    parts = named_modules(module).items()
     return {name: part for name, part in parts if isinstance(part, Norm) and part.running_mean is not None}
 
 

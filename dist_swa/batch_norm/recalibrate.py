@@ -28,13 +28,13 @@ from dist_swa.batch_norm.lockstep import ForwardFn, Ranks, call, prepared, run_i
 from dist_swa.batch_norm.moments import merge_ranks
 from dist_swa.collectives import fingerprint
 from dist_swa.sharding.fqn import NamePattern, select
-from dist_swa.sharding.shard import (
+from dist_swa.sharding.shard import copy_unless_expanded
+from dist_swa.sharding.wrappers import (
+    collective_groups,
     find_fsdp_modules,
-    forward_groups,
     preserve_broadcast_flags,
     reshard,
     unwrap,
-    write_into,
 )
 
 
@@ -97,7 +97,7 @@ def recalibrate_batch_norm(
         return
     if process_group is None and ddp is not None:
         process_group = ddp.process_group
-    ranks = Ranks(process_group, statistics_of(next(iter(norms.values())))[0].device, *forward_groups(module))
+    ranks = Ranks(process_group, statistics_of(next(iter(norms.values())))[0].device, *collective_groups(module))
     layers: dict[str, StatisticsCollector] = {}
     error: Exception | None = None
     try:
@@ -191,7 +191,7 @@ def _unchanged(module: nn.Module, layers: Iterable[StatisticsCollector]) -> Iter
         for part, name, buffer, values in buffers:
             if getattr(part, name, None) is not buffer:
                 setattr(part, name, buffer)
-            write_into(buffer, values)
+            copy_unless_expanded(buffer, values)
         reshard(find_fsdp_modules(module), discard_prefetched=True)
 
 

@@ -88,7 +88,7 @@ class AcceleratedSWA(SWA):
 
     def save(self, folder: Path) -> None:
         """Save the average into `folder`, in place of what is there. A collective. Raises what checkpoint.save does."""
-        self.average.require("save", outside_of_a_swap=True)
+        self.average.require_trained_weights("save")
         if self._accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # what could not be removed makes all ranks raise
         self._accelerator.wait_for_everyone()

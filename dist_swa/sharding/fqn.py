@@ -1,19 +1,34 @@
-"""Which names does a pattern mean? The same answer for parameters and for layers."""
+"""Fully qualified names (FQNs): those of the unwrapped model, and those that a pattern matches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NamePattern: TypeAlias = "str | Callable[[str], bool] | Sequence[NamePattern]"
-"""A shell-style pattern of dotted names ("head.*"), a function of a name, or several of them."""
+"""A shell-style pattern of FQNs ("head.*"), a function of an FQN, or several of them."""
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def clean_name(name: str) -> str:
+    """Return `name` without the parts that torch.compile, activation checkpointing and FSDP1 add."""
+    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
+
+
+def named_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules inside `module` by FQN. A wrapper and the module in it share one, which means the latter."""
+    return {clean_name(name): part for name, part in module.named_modules()}
 
 
 def select(names: Collection[str], pattern: NamePattern, argument: str) -> set[str]:
-    """Return those of `names` that `pattern`, the value of `argument`, means.
+    """Return the `names` that match `pattern`, the value of the argument named `argument`.
 
-    Raises ValueError for a pattern of no name at all, which is a typing error, and TypeError for anything else.
+    Raises ValueError for a text that matches no name, and TypeError for a pattern of another type.
     """
     if isinstance(pattern, str):
         found = {name for name in names if fnmatchcase(name, pattern)}

@@ -1,44 +1,42 @@
-"""Which shards does a model consist of, which of them are averaged, and are they still the same?"""
+"""All shards of a model: those that are averaged, the other parameters, and the buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_swa.collectives import all_reduce_max, check_replicas, fingerprint, raise_on_all
-from dist_swa.sharding.fqn import NamePattern, select
-from dist_swa.sharding.shard import (
-    LoadOnlyTensor,
-    LocalShard,
-    are_sharded,
-    clean_name,
+from dist_swa.sharding.find import (
+    FlatMeshes,
     find_buffers,
     find_flat_meshes,
-    find_fsdp_modules,
     find_parameters,
-    is_first_rank,
+    is_sharded,
+    storage_fingerprint,
+)
+from dist_swa.sharding.fqn import NamePattern, clean_name, select
+from dist_swa.sharding.shard import LocalShard, copy_unless_expanded
+from dist_swa.sharding.wrappers import (
+    find_fsdp_modules,
     preserve_broadcast_flags,
     preserve_buffers,
     reshard,
-    storage_fingerprint,
     unwrap,
-    write_into,
 )
 
 
 class ModelShards:
-    """This rank's shards of a model: the averaged parameters (trainable and selected), the others, the buffers.
+    """This rank's shards of a model.
 
-    Where the parameters are replicated over a group, construction is a collective of that group: it checks that
-    names, shapes and values agree.
+    `averaged` are the parameters that are trainable and selected by `parameters`, `others` the other parameters, and
+    `buffers` the buffers. Where the parameters are replicated over a group, construction is a collective of the group:
+    it checks that names, shapes and values are the same.
     """
 
     def __init__(
@@ -57,47 +55,15 @@ class ModelShards:
                 " ranks only"
             )
         self._fsdp_modules = find_fsdp_modules(self.module)
+        self._flat_meshes: FlatMeshes = {}
         self._replica_mesh: DeviceMesh | None = None
-        self._flat_meshes: dict[FullyShardedDataParallel, DeviceMesh] = {}
+        self.averaged: list[LocalShard] = []
+        self.others: list[LocalShard] = []
         with self.raise_on_replicas():
-            self._capture(parameters)
+            self._find(parameters)
         if self._replica_mesh is not None:
-            shards = [(shard, True) for shard in self.averaged] + [(shard, False) for shard in self.others]
-            names = [shard.name for shard, _ in shards]
-            fingerprints = [
-                fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {is_averaged}")
-                for shard, is_averaged in shards
-            ]
-            check_replicas(names, fingerprints, self._replica_mesh.get_group(), self._device)
-        self.is_first_rank = is_first_rank([*self.averaged, *self.others], self._flat_meshes)
-
-    def _capture(self, parameters: NamePattern | None) -> None:
-        self.reshard()
-        if self.group is not None:
-            if are_sharded(self.module):
-                raise ValueError(
-                    "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
-                )
-            self._replica_mesh = DeviceMesh.from_group(self.group, self._device.type)
-        self._flat_meshes = find_flat_meshes(self._fsdp_modules)
-        shards = find_parameters(self.module, self._replica_mesh, self._flat_meshes)
-        names = [name for shard in shards for name in shard.names]
-        self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
-        self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
-        self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
-        if not self.averaged:
-            num_trainable = sum(shard.is_trainable for shard in shards)
-            raise ValueError(
-                f"ShardedAverage needs a parameter that requires a gradient and is selected by `parameters`, got none"
-                f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
-                " model.named_parameters()"
-            )
-        self.buffers = find_buffers(self.module)
-        self._seen = self._identity()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters(), torch.empty(0)).device
+            self._check_replicas(self._replica_mesh)
+        self.is_first_rank = all(shard.is_on_first_rank for shard in [*self.averaged, *self.others])
 
     @property
     def everything(self) -> list[LocalShard]:
@@ -111,16 +77,16 @@ class ModelShards:
     def reshard(self) -> None:
         reshard(self._fsdp_modules)
 
-    def follow(self) -> None:
-        """Reshard, and take over parameters that were replaced by others of the same names, shapes and layouts.
+    def refresh(self) -> None:
+        """Reshard, and use the parameters and buffers that the model has now. Local.
 
-        Raises ValueError that names the first parameter that differs.
+        Raises ValueError, with the first name that differs, unless all names, shapes and layouts are as before.
         """
         self.reshard()
-        now = {shard.name: shard for shard in find_parameters(self.module, self._replica_mesh, self._flat_meshes)}
+        now = {shard.name: shard for shard in self._find_parameters()}
         before = {shard.name: shard for shard in [*self.averaged, *self.others]}
         for name in [*before, *now]:
-            if name not in now or not now[name].is_same_as(before.get(name)):
+            if name not in now or name not in before or not now[name].has_layout_of(before[name]):
                 raise ValueError(
                     "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
@@ -134,48 +100,35 @@ class ModelShards:
         self.averaged = [now[shard.name] for shard in self.averaged]
         self.others = [now[shard.name] for shard in self.others]
         self.buffers = find_buffers(self.module)
-        self._seen = self._identity()
+        self._fingerprint = self._storage_fingerprint()
 
     def parameters_unchanged(self) -> bool:
-        """Reshard, and return whether modules, parameters, storage and buffers are those seen last. Local, cheap."""
+        """Reshard, and return whether modules, parameters and storage are those of the last `refresh`. Cheap."""
         self.reshard()
-        return self._identity() == self._seen
+        return self._storage_fingerprint() == self._fingerprint
 
     def write(self, averages: Sequence[Tensor]) -> None:
-        """Put averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
+        """Copy averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
         reshard(self._fsdp_modules, discard_prefetched=True)
         for shard, average in zip(self.averaged, averages, strict=True):
-            whole = average if shard.rows is None else shard.full_tensor(average.to(shard.tensor.dtype))
-            write_into(shard.local_tensor, whole)
-
-    def checkpoint_view(self, shard: LocalShard, local: Tensor) -> Tensor:
-        """Return the whole of it so that the first rank's goes into a checkpoint, from which all ranks read.
-
-        Buffers may differ between ranks, and torch.distributed.checkpoint takes plain tensors from any of them.
-        """
-        if shard.layout is None and not self.is_first_rank:
-            return local.as_subclass(LoadOnlyTensor)
-        return shard.as_dtensor(local)
+            shard.write(average)
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Give back, on exit, the parameters that are averaged, all buffers, and what a forward changes in DDP.
-
-        Local. Takes a copy of them.
-        """
+        """Restore averaged parameters, buffers and DDP's broadcast flags on exit. Local. Takes a copy of them."""
         with torch.no_grad():
             values = [(shard, shard.local_tensor.clone()) for shard in [*self.averaged, *self.buffers]]
         try:
-            with preserve_broadcast_flags((self._ddp, *self.module.modules())), preserve_buffers(self.module):
+            with preserve_broadcast_flags([self._ddp, *self.module.modules()]), preserve_buffers(self.module):
                 yield
         finally:
             reshard(self._fsdp_modules, discard_prefetched=True)
             with torch.no_grad():
-                for shard, held in values:
-                    write_into(shard.local_tensor, held)
+                for shard, value in values:
+                    copy_unless_expanded(shard.local_tensor, value)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`)."""
+        """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`), by the key of a state dict."""
         return {
             clean_name(f"{name}._extra_state"): module.get_extra_state()
             for name, module in self.module.named_modules(remove_duplicate=False)
@@ -183,21 +136,63 @@ class ModelShards:
         }
 
     def is_finite(self) -> bool:
-        """Whether no rank's averaged shard holds NaN or inf now. One small all-reduce for each axis of the meshes."""
+        """Whether no rank's averaged shard has NaN or inf. One small all-reduce for each axis of the meshes."""
         self.reshard()
-        held = [shard.local for shard in self.averaged if shard.local.numel()]
-        held = [torch.view_as_real(local) if local.is_complex() else local for local in held]
-        largest = torch._foreach_norm(held, torch.inf) if held else []
+        parts = [local for shard in self.averaged if (local := shard.local).numel()]
+        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+        largest = torch._foreach_norm(parts, torch.inf) if parts else []
         is_finite = [value.isfinite().to(self._device) for value in largest]
-        num_bad = int(bool(held) and not torch.stack(is_finite).all())
+        num_bad = int(bool(parts) and not torch.stack(is_finite).all())
         meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
         axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
         for group, device_type in axes.items():
             (num_bad,) = all_reduce_max([num_bad], group, torch.device(device_type))
         return num_bad == 0
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters(), torch.empty(0)).device
+
+    def _find(self, parameters: NamePattern | None) -> None:
+        """Find the shards for the first time, and decide which of them are averaged."""
+        self.reshard()
+        if self.group is not None:
+            if is_sharded(self.module, self._fsdp_modules):
+                raise ValueError(
+                    "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
+                )
+            self._replica_mesh = DeviceMesh.from_group(self.group, self._device.type)
+        self._flat_meshes = find_flat_meshes(self._fsdp_modules)
+        shards = self._find_parameters()
+        names = [name for shard in shards for name in shard.names]
+        self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
+        self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
+        self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
+        if not self.averaged:
+            num_trainable = sum(shard.is_trainable for shard in shards)
+            raise ValueError(
+                f"ShardedAverage needs a parameter that requires a gradient and is selected by `parameters`, got none"
+                f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
+                " model.named_parameters()"
+            )
+        self.buffers = find_buffers(self.module)
+        self._fingerprint = self._storage_fingerprint()
+
+    def _find_parameters(self) -> list[LocalShard]:
+        return find_parameters(self.module, self._replica_mesh, self._flat_meshes)
+
     def _is_to_be_averaged(self, shard: LocalShard) -> bool:
         return shard.is_trainable and not self._selected.isdisjoint(shard.names)
 
-    def _identity(self) -> tuple[list[Any], ...]:
-        return storage_fingerprint(self.module, chain(self.averaged, self.others))
+    def _storage_fingerprint(self) -> tuple[list[Any], ...]:
+        return storage_fingerprint(self.module, [*self.averaged, *self.others])
+
+    def _check_replicas(self, mesh: DeviceMesh) -> None:
+        """Raise ValueError on all replicas unless they have the same parameters. A collective of them."""
+        shards = [*self.averaged, *self.others]
+        averaged = {shard.name for shard in self.averaged}
+        fingerprints = [
+            fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {shard.name in averaged}")
+            for shard in shards
+        ]
+        check_replicas([shard.name for shard in shards], fingerprints, mesh.get_group(), self._device)

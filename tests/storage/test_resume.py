@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint
 from models import Net, build, group_of, same_bits, train, trajectory, wrap, write
@@ -66,10 +67,13 @@ def load_all(folder: Path, expected: dict[str, Tensor]) -> int:
 
 
 def has_same_shards(left: ShardedAverage, right: ShardedAverage) -> bool:
-    mine, theirs = left.track("comparing", None), right.track("comparing", None)
-    pairs = [*zip(mine.slots[0], theirs.slots[0], strict=True)]
-    pairs += [(mine.buffers[name], buffer) for name, buffer in theirs.buffers.items()]
-    return mine.num_averaged == theirs.num_averaged > 0 and all(torch.equal(a, b) for a, b in pairs)
+    mine, theirs = left.state_dict(), right.state_dict()
+    pairs = [(mine[kind][name], value) for kind in ("slots", "buffers") for name, value in theirs[kind].items()]
+    return left.num_averaged == right.num_averaged > 0 and all(torch.equal(local(a), local(b)) for a, b in pairs)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.fixture(scope="module")
