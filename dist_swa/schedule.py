@@ -62,9 +62,9 @@ class Decision(NamedTuple):
 class Schedule:
     """Decides after every step or epoch whether to update the average, and whether averaging is complete.
 
-    There is one check after every step, or one at the end of every epoch if `interval` is in epochs. The first check
-    at or after `start` updates. A later check updates if at least one more multiple of `interval`, counted from the
-    first update, has been reached. The first check at or after `end` completes averaging.
+    There is one check after every step, or one at the end of every epoch if `interval` is in epochs. Checks before
+    `start` do nothing. The first check after it updates. A later check updates if at least one more multiple of
+    `interval`, counted from the first update, has been reached. The first check at or after `end` completes averaging.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Schedule:
                 )
 
     def _comparable(self, time: Time) -> tuple[Fraction, str]:
-        """Return `time` as a number and a unit; in batches, or else in the unit of `max_duration`, where possible."""
+        """Return `time` as a number and a unit; in batches, or else in the unit of `max_duration`, if possible."""
         value, unit = time.value, time.unit
         if unit == "dur" and self.max_duration is not None:
             value, unit = value * self.max_duration.value, self.max_duration.unit

@@ -1,5 +1,6 @@
 """A short training run with a learning-rate phase."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,15 @@ def _make_scheduler(name: str | None, optimizer: torch.optim.Optimizer) -> LRSch
         case "cosine":
             return CosineAnnealingLR(optimizer, T_max=STEPS)
     return None
+
+
+def without_phase(scheduler: str | None) -> list[Rates]:
+    """Return the rates of a run without the phase."""
+    return Run(scheduler, schedule_swa_lr=False, swa_lr=None).train(STEPS)
+
+
+def annealed(start: float, swa_lr: float, strategy: str, step: int) -> float:
+    """Return the rate of a group after `step` of the phase; the rate before the phase is `start`."""
+    fraction = min(((step - START) // INTERVAL + 1) / ANNEAL_STEPS, 1.0)
+    remaining = 1 - fraction if strategy.startswith("lin") else math.cos(fraction * math.pi / 2) ** 2
+    return swa_lr + (start - swa_lr) * remaining

@@ -1,4 +1,4 @@
-"""The rates after every step of the learning-rate phase are those of the phase, whatever a scheduler sets."""
+"""The rates after every step of the learning-rate phase are those of the phase and not those of a scheduler."""
 
 import math
 import re
@@ -13,23 +13,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dist_swa import SWA
 from dist_swa.lr_phase import phase_lr
-from phase_run import ANNEAL_STEPS, END, INTERVAL, LRS, START, STEPS, SWA_LR, TIMES, Rates, Run
+from phase_run import ANNEAL_STEPS, END, INTERVAL, LRS, START, STEPS, SWA_LR, TIMES, Run, annealed, without_phase
 
 ignore_single_process = pytest.mark.filterwarnings(
     "ignore:.*assuming the intent is to (save|load) in a single process:UserWarning"
 )
-
-
-def without_phase(scheduler: str | None) -> list[Rates]:
-    """Return the rates of a run without the phase."""
-    return Run(scheduler, schedule_swa_lr=False, swa_lr=None).train(STEPS)
-
-
-def annealed(start: float, swa_lr: float, strategy: str, step: int) -> float:
-    """Return the rate of a group after `step` of the phase; the rate before the phase is `start`."""
-    fraction = min(((step - START) // INTERVAL + 1) / ANNEAL_STEPS, 1.0)
-    remaining = 1 - fraction if strategy.startswith("lin") else math.cos(fraction * math.pi / 2) ** 2
-    return swa_lr + (start - swa_lr) * remaining
 
 
 def close(rates: Sequence[float]) -> object:

@@ -15,7 +15,7 @@ from dist_swa.averaging.rules import Elapsed
 from reference import closed_form, weighted_sum
 from vector_model import Vector, averaged, close, one_hot_coefficients
 
-# Half-lives in SWA, which knows the elapsed training
+# Half-lives in SWA, which counts the elapsed training
 
 
 def test_half_life_follows_the_samples_of_a_run() -> None:
@@ -47,7 +47,7 @@ def test_half_life_in_epochs_needs_their_ends() -> None:
 def test_half_life_needs_elapsed_training(elapsed: float | dict[str, float] | None) -> None:
     model = Vector(torch.ones(2))
     average = ShardedAverage(model, EMA(half_life="10tok"))
-    average.update()  # the first model is copied, whatever came before it
+    average.update()  # the first model is copied and needs no elapsed training
     message = f"needs the training since the last update in 'tok', got elapsed={elapsed}; pass update(elapsed="
     with pytest.raises(ValueError, match=re.escape(message)):
         average.update(elapsed)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     HANG_S,
     SHARDED,
     WRAPPERS,

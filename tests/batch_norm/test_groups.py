@@ -9,21 +9,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     HANG_S,
     SHARDED,
     WRAPPERS,
-    assert_all_statistics,
-    assert_layerwise_statistics,
     batches_of,
     build,
-    has_statistics_of,
     in_every_wrapper,
     layers_of,
     random,
     uneven,
     wrap,
 )
+from batch_norm_oracle import assert_all_statistics, assert_layerwise_statistics, has_statistics_of
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks
 

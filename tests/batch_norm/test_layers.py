@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batch_norm_oracle import (
-    HANG_S,
-    batches_of,
-    dealt,
-    has_statistics_of,
-    images_of,
-    per_instance,
-    random,
-    two_pass,
-    uneven,
-)
+from batch_norm_models import HANG_S, batches_of, dealt, images_of, random, uneven
+from batch_norm_oracle import has_statistics_of, per_instance, two_pass
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks
 

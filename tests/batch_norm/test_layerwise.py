@@ -9,22 +9,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     HANG_S,
     Loader,
-    assert_all_statistics,
-    assert_layerwise_statistics,
     batches_of,
     build,
-    has_statistics_of,
     images_of,
     in_every_wrapper,
     layers_of,
-    record_inputs,
-    two_pass,
     uneven,
     without_distributed,
     wrap,
+)
+from batch_norm_oracle import (
+    assert_all_statistics,
+    assert_layerwise_statistics,
+    has_statistics_of,
+    record_inputs,
+    two_pass,
 )
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks

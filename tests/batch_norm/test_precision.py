@@ -9,19 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 
-from batch_norm_oracle import (
-    ULP,
-    assert_all_statistics,
-    batches_of,
-    build,
-    dealt,
-    has_statistics_of,
-    layers_of,
-    random,
-    record_inputs,
-    two_pass,
-    uneven,
-)
+from batch_norm_models import batches_of, build, dealt, layers_of, random, uneven
+from batch_norm_oracle import ULP, assert_all_statistics, has_statistics_of, record_inputs, two_pass
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks
 

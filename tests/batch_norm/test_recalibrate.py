@@ -9,25 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     HANG_S,
-    assert_all_statistics,
     batches_of,
     build,
     dealt,
-    has_statistics_of,
     in_every_wrapper,
-    is_exact,
-    layers_of,
     plain_name,
     random,
-    rows,
     statistics,
-    two_pass,
     unwrapped,
     without_distributed,
     wrap,
 )
+from batch_norm_oracle import assert_all_statistics, has_statistics_of, is_exact, rows, two_pass
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks
 
@@ -184,76 +179,6 @@ def test_dropout_is_off(dropout: type[nn.Dropout], is_training: bool) -> None:
     recalibrate_batch_norm(model, batches_of(3))
     assert has_statistics_of(model[1], batches_of(3))
     assert [part.training for part in model.modules()] == modes
-
-
-# Batches
-
-
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_an_empty_batch_adds_nothing(position: int) -> None:
-    layer, batches = nn.BatchNorm1d(3), [random(8, 3), random(8, 3) + 5]
-    batches.insert(position, torch.empty(0, 3))
-    recalibrate_batch_norm(nn.Sequential(layer), batches)
-    assert has_statistics_of(layer, batches)
-
-
-class Shifted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, given: Tensor, *, shift: float = 0.0) -> Any:
-        return self.norm(input=given + shift)
-
-
-def forward_of_labelled(module: nn.Module, batch: tuple[str, Tensor]) -> None:
-    module(batch[1], shift=5.0)
-
-
-KINDS: dict[str, tuple[Callable[[Tensor], Any], Any, float]] = {
-    "tensor": (lambda given: given, None, 0.0),
-    "tuple": (lambda given: (given, torch.zeros(4)), None, 0.0),
-    "list": (lambda given: [given, "label"], None, 0.0),
-    "dict": (lambda given: {"given": given, "shift": 5.0}, None, 5.0),
-    "forward=": (lambda given: ("label", given), forward_of_labelled, 5.0),
-}
-
-
-@pytest.mark.parametrize("loader", [list, iter])
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_batches(kind: str, loader: Callable[[Any], Any]) -> None:
-    make, forward, shift = KINDS[kind]
-    model = Shifted()
-    recalibrate_batch_norm(model, loader([make(batch) for batch in batches_of(3)]), forward=forward)
-    assert has_statistics_of(model.norm, [batch + shift for batch in batches_of(3)])
-
-
-def test_batches_of_several_kinds() -> None:
-    model, given = Shifted(), batches_of(3)
-    recalibrate_batch_norm(model, [given[0], (given[1], "label"), {"given": given[2]}])
-    assert has_statistics_of(model.norm, given)
-
-
-@pytest.mark.parametrize("batch", ["text", 7, None, (), ("text", torch.ones(2, 3)), [[torch.ones(2, 3)]]])
-def test_another_kind_of_batch_is_a_type_error(batch: Any) -> None:
-    with pytest.raises(TypeError, match=f"got batch={type(batch).__name__}; pass forward="):
-        recalibrate_batch_norm(build(), [batch])
-
-
-@in_every_wrapper
-@on_ranks(2, 3)
-def test_max_batches_is_per_rank_and_reads_no_more(wrapper: str) -> None:
-    model = wrap(nn.Sequential(nn.BatchNorm1d(3)), wrapper)
-    loader = iter(batches_of(2 + dist.get_rank(), seed=10 * dist.get_rank()))
-    recalibrate_batch_norm(model, loader, max_batches=2)
-    everywhere = [batch for rank in range(dist.get_world_size()) for batch in batches_of(2, seed=10 * rank)]
-    assert has_statistics_of(layers_of(model)["0"], everywhere)
-    assert len(list(loader)) == dist.get_rank()
-
-
-def test_max_batches_of_zero_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="got max_batches=0;"):
-        recalibrate_batch_norm(build(), batches_of(1), max_batches=0)
 
 
 def test_a_string_is_not_a_model() -> None:

@@ -7,18 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from batch_norm_oracle import (
-    assert_all_statistics,
-    batches_of,
-    build,
-    dealt,
-    in_every_wrapper,
-    layers_of,
-    statistics,
-    unread,
-    unwrapped,
-    wrap,
-)
+from batch_norm_models import batches_of, build, dealt, in_every_wrapper, layers_of, statistics, unread, unwrapped, wrap
+from batch_norm_oracle import assert_all_statistics
 from dist_swa import SWA, recalibrate_batch_norm
 from ranks import on_ranks
 

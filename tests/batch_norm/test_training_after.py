@@ -9,11 +9,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     LoaderError,
     batches_of,
     drawing,
-    has_statistics_of,
     in_every_wrapper,
     layers_of,
     local,
@@ -22,6 +21,7 @@ from batch_norm_oracle import (
     weights,
     wrap,
 )
+from batch_norm_oracle import has_statistics_of
 from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks
 
