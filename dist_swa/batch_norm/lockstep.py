@@ -95,8 +95,9 @@ def run_in_lockstep(
 def _counted(batches: Iterable[Any], expected: int | None) -> Iterator[Any]:
     """Yield `batches`. Raise ValueError at their end if their number is not `expected`."""
     num_batches = 0
-    for num_batches, batch in enumerate(batches, 1):  # noqa: B007
+    for batch in batches:
         yield batch
+        num_batches += 1
     if expected not in (None, num_batches):
         raise ValueError(
             f"layerwise=True needs the same batches in every pass, got {num_batches=} after {expected}; pass a loader"

@@ -59,7 +59,7 @@ def recalibrate_batch_norm(
     the number of batches counted on all ranks. The buffers are written in place.
 
     A collective: every rank of `process_group` must call it, each with its own `batches`. Their number and sizes may
-    differ between ranks, and a rank may have none. A model without such layers returns at once.
+    differ between ranks, and a rank may have none. Returns at once if the model has no layer with running statistics.
 
     The layers are BatchNorm, SyncBatchNorm (without communication during the call), their subclasses, and InstanceNorm
     with `track_running_stats` (means of the moments per instance). All other modules run in evaluation mode. Frozen
@@ -78,8 +78,8 @@ def recalibrate_batch_norm(
         max_batches: the maximum number of batches per rank.
         layerwise: in a single pass the statistics of the current batch normalise each layer, so the inputs of deeper
             layers depend on the batching. True makes one pass per BatchNorm depth, in which each layer uses the final
-            statistics of the layers before it. `batches` must be iterable more than once. Layers whose turn has not
-            come output NaN; an operation that does not propagate NaN (`sign`, comparisons) hides a dependency.
+            statistics of the layers before it. `batches` must be iterable more than once. Layers of later passes
+            output NaN; an operation that does not propagate NaN (`sign`, comparisons) hides a dependency.
         exact: compute the moments of each input in float64 (memory: a float64 copy of the largest input). False
             merges the float32 moments of torch's own forward. Measured relative errors of the variance: 2e-6 for
             |mean|/std up to 10; 3e-4 at 1e5, there 4e-3 for channels_last inputs and inputs without spatial dims.
@@ -121,8 +121,8 @@ def recalibrate_batch_norm(
         )
     for collector in collectors.values():
         collector.write_statistics()
-    for message in _warnings(collectors, unordered):
-        warnings.warn(message, stacklevel=2)
+    for text in _warning_texts(collectors, unordered):
+        warnings.warn(text, stacklevel=2)
 
 
 def _run_passes(
@@ -193,7 +193,7 @@ def _evaluation(module: nn.Module, collectors: Collectors) -> Iterator[None]:
         reshard(find_fsdp_modules(module), discard_prefetched=True)
 
 
-def _warnings(collectors: Collectors, unordered: Sequence[str]) -> list[str]:
+def _warning_texts(collectors: Collectors, unordered: Sequence[str]) -> list[str]:
     unreached = [name for name, collector in collectors.items() if not collector.moments.count]
     skipped = [name for name, collector in collectors.items() if collector.moments.num_skipped]
     names_by_reason = {
