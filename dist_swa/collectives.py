@@ -1,4 +1,4 @@
-"""Do all ranks agree? Facts are shared before any rank acts on them, so that no rank waits for one that raised."""
+"""Small agreements between ranks, made before a rank acts alone: otherwise the others could wait for it forever."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE_NUMEL = 1 << 20  # elements that are weighted at a time
+_PIECE_NUMEL = 1 << 20  # elements per partial sum, which bounds the memory of a fingerprint
 
 
 def rank_and_world_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return the rank of this process, and how many there are. Local."""
+    """Return the rank of this process in `group`, and the size of `group`; 0 and 1 without torch.distributed. Local."""
     return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce_max(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
-    """Return the largest of each of `values` over the ranks of `group`. A collective; without any, `values`."""
+    """Return the maximum of each of `values` over the ranks of `group`. A collective."""
     if not dist.is_initialized():
         return [int(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
@@ -31,9 +31,9 @@ def all_reduce_max(values: Sequence[int], group: dist.ProcessGroup | None, devic
 
 @contextmanager
 def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Raise an error of the body on every rank of `group`, the same one everywhere. A collective.
+    """Raise an error of the body on every rank of `group`. A collective.
 
-    Without torch.distributed there is one rank.
+    A rank with an error raises its own. All others raise that of the first rank that has one.
     """
     error: Exception | None = None
     try:
@@ -53,7 +53,7 @@ def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return `error`, or one with its text where it does not pickle."""
+    """Return `error`, or a RuntimeError with its text if it does not pickle."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -62,7 +62,7 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def fingerprint(values: Tensor, text: str) -> int:
-    """Return a whole number of 56 bits that depends on `text`, the dtype, and every bit of `values` and its place."""
+    """Return a 56-bit hash of `text`, the dtype, and the bits of `values` with their positions."""
     bits = torch.view_as_real(values) if values.is_complex() else values
     bits = bits.reshape(-1).view(_INT_OF_SIZE[bits.element_size()])
     digest = hashlib.sha256(f"{text} {values.dtype}".encode())
@@ -75,7 +75,7 @@ def fingerprint(values: Tensor, text: str) -> int:
 def check_replicas(
     names: Sequence[str], fingerprints: Sequence[int], group: dist.ProcessGroup, device: torch.device
 ) -> None:
-    """Raise ValueError on every rank of `group` unless all have the same fingerprints. A collective."""
+    """Raise ValueError on every rank of `group` unless all ranks pass the same fingerprints. A collective."""
     (count,) = _ranges([len(names)], group, device)
     if count[0] != count[1]:
         raise ValueError(
@@ -91,7 +91,7 @@ def check_replicas(
 
 
 def _ranges(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[tuple[int, int]]:
-    """Return the least and the largest of each of `values` over the ranks."""
+    """Return the minimum and the maximum of each of `values` over the ranks of `group`. A collective."""
     largest = all_reduce_max([*values, *(-value for value in values)], group, device)
     count = len(values)
     return [(-low, high) for high, low in zip(largest[:count], largest[count:], strict=True)]

@@ -1,4 +1,4 @@
-"""The learning-rate phase of SWA: from where each param group stands at `swa_start` to `swa_lr`, and held there."""
+"""The learning-rate phase of SWA: anneal the rate of each param group from its value at `swa_start` to `swa_lr`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANNEAL_STRATEGIES = {"linear": "linear", "lin": "linear", "cosine": "cosine", "c
 
 
 def check_phase(swa_lr: float | None, anneal_strategy: str, anneal_steps: int) -> None:
-    """Raise ValueError unless these describe a learning-rate phase."""
+    """Raise TypeError or ValueError unless the arguments describe a learning-rate phase."""
     if swa_lr is not None and (not isinstance(swa_lr, Real) or isinstance(swa_lr, bool)):
         raise TypeError(f"swa_lr needs a number, got swa_lr={swa_lr!r}; pass a float")
     if swa_lr is not None and not (math.isfinite(swa_lr) and swa_lr >= 0):
@@ -29,7 +29,10 @@ def check_phase(swa_lr: float | None, anneal_strategy: str, anneal_steps: int) -
 
 
 def phase_lr(lr: float, swa_lr: float | None, anneal_strategy: str, fraction: float) -> float:
-    """Return the rate of a group that had `lr` at `swa_start`, after this fraction of the annealing (past 1: done)."""
+    """Return the rate of a param group after `fraction` of the annealing, which ends at 1.
+
+    `lr` is the rate of the group at `swa_start`. ``swa_lr=None`` keeps it.
+    """
     if swa_lr is None:
         return lr
     if fraction >= 1:

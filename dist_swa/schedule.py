@@ -1,22 +1,22 @@
-"""When is the average updated? Time strings, the progress of a run, and the schedule between them."""
+"""Time strings, the progress of a run, and the schedule that decides when the average is updated."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from operator import index
 from typing import NamedTuple
 
-# The unit of a time string -> what `Progress` counts; "dur" is a fraction of max_duration.
+# Unit of a time string -> field of `Progress`. The unit "dur" is a fraction of max_duration.
 UNITS = {"ep": "epochs", "ba": "batches", "sp": "samples", "tok": "tokens"}
 
 
 @dataclass(frozen=True)
 class Time:
-    """An exact amount of training: ``Time.parse("0.7dur", "swa_start")``."""
+    """An exact amount of training, such as ``Time.parse("0.7dur", "swa_start")``."""
 
     value: Fraction
     unit: str
@@ -24,7 +24,7 @@ class Time:
 
     @classmethod
     def parse(cls, text: str, name: str) -> Time:
-        """Read a time string of the argument `name`; raises TypeError or ValueError where it is none."""
+        """Parse the time string passed as argument `name`. Raises TypeError or ValueError if it is not valid."""
         if not isinstance(text, str):
             raise TypeError(f"{name} needs a time string, got {name}={text!r}; write '3ep', '500ba' or '0.7dur'")
         match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)(ep|ba|sp|tok|dur)", text.strip(), re.ASCII)
@@ -43,7 +43,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done so far, in whole numbers; `epochs` counts the ended ones."""
+    """The training done so far. `epochs` counts complete epochs."""
 
     batches: int = 0
     samples: int = 0
@@ -52,7 +52,7 @@ class Progress:
 
 
 class Decision(NamedTuple):
-    """What is to be done now: update the average? then put it into the model, for good?"""
+    """The result of a check: update the average now? Is averaging complete after that?"""
 
     update: bool = False
     complete: bool = False
@@ -60,11 +60,11 @@ class Decision(NamedTuple):
 
 
 class Schedule:
-    """Decides after every step and epoch whether the average is updated, and whether averaging is complete.
+    """Decides after every step or epoch whether to update the average, and whether averaging is complete.
 
-    From the first check at or after `start` on every check counts: the first one updates, then one updates
-    whenever a multiple of `interval` since the first update has been reached or passed. The first such check at
-    or after `end` completes. Checks come after every step; where the interval is in epochs, at epochs' ends.
+    There is one check after every step, or one at the end of every epoch if `interval` is in epochs. Checks before
+    `start` do nothing. The first check after it updates. A later check updates if at least one more multiple of
+    `interval`, counted from the first update, has been reached. The first check at or after `end` completes averaging.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Schedule:
         self.reset(Progress())
 
     def reset(self, now: Progress) -> None:
-        """Be at `now`, with no update behind."""
+        """Start at `now`, with no update so far."""
         self.now = now
         self.first_update: Progress | None = None
         self.last_update: Progress | None = None
         self.completed = False
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> Decision:
-        """Count one optimizer step and check. `samples`, `tokens`: of this step, summed over all ranks."""
+        """Count one optimizer step. `samples` and `tokens` of the step are sums over all ranks."""
         batches = self.now.batches + 1
         is_epoch_end = self.steps_per_epoch is not None and batches % self.steps_per_epoch == 0
         self.now = replace(
@@ -107,7 +107,7 @@ class Schedule:
         return self._check() if is_epoch_end or self.interval.unit != "ep" else Decision()
 
     def end_epoch(self) -> Decision:
-        """Count one epoch and, where the interval is in epochs, check."""
+        """Count one epoch. Raises RuntimeError if `steps_per_epoch` already counts them."""
         if self.steps_per_epoch is not None:
             raise RuntimeError(
                 f"end_epoch needs a schedule that does not count epochs, got steps_per_epoch={self.steps_per_epoch}"
@@ -118,7 +118,7 @@ class Schedule:
 
     @property
     def units(self) -> set[str]:
-        """The units that the schedule and the rules read, "dur" resolved into that of `max_duration`."""
+        """The units that the schedule and the rules read. "dur" counts as the unit of `max_duration`."""
         units = {time.unit for time in (self.start, self.end, self.interval) if time is not None}
         units |= self.rule_units
         if "dur" in units and self.max_duration is not None:
@@ -127,7 +127,7 @@ class Schedule:
 
     @property
     def epochs_unknown(self) -> bool:
-        """Whether the schedule reads epochs in a run that never told where they end."""
+        """Whether the schedule reads epochs, but no epoch has been counted."""
         return "ep" in self.units and self.steps_per_epoch is None and self.now.epochs == 0
 
     def why_no_update(self) -> str:
@@ -140,36 +140,30 @@ class Schedule:
         return f"no update was made {steps}, update_interval={self.interval}"
 
     def undo_update(self, before: Mapping[str, list[int]]) -> None:
-        """Take back the update of the last check, which came after the state `before`; the next check asks again."""
-        first_update = before["first_update"]
-        completed = [int(self.completed and first_update[0] >= 0)]  # nothing was averaged: nothing is complete
-        kept = {"first_update": first_update, "last_update": before["last_update"], "completed": completed}
-        self.load_state_dict(self.state_dict() | kept)
+        """Undo the update of the last check. `before` is the state before it. The update is due at the next check."""
+        self.first_update, self.last_update = _update_at(before["first_update"]), _update_at(before["last_update"])
+        self.completed = self.completed and self.first_update is not None  # without an update nothing is complete
 
     def state_dict(self) -> dict[str, list[int]]:
-        """Return the position, as whole numbers; an update that never was is -1."""
-        never = [-1, -1, -1, -1]
-        return {
-            "now": list(asdict(self.now).values()),
-            "first_update": list(asdict(self.first_update).values()) if self.first_update else never,
-            "last_update": list(asdict(self.last_update).values()) if self.last_update else never,
-            "completed": [int(self.completed)],
-        }
+        """Return the position as lists of integers of fixed length. -1 stands for an update that has not happened."""
+        never = Progress(-1, -1, -1, -1)
+        positions = {"now": self.now, "first_update": self.first_update, "last_update": self.last_update}
+        state = {key: list(asdict(position or never).values()) for key, position in positions.items()}
+        return state | {"completed": [int(self.completed)]}
 
     def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
-        """Take the position from `state`; start, end and interval stay the constructor's."""
-        now, first, last = (Progress(*state[key]) for key in ("now", "first_update", "last_update"))
-        self.now = now
-        self.first_update, self.last_update = (None if p.batches < 0 else p for p in (first, last))
+        """Load the position from `state`. Start, end and interval remain those of the constructor."""
+        self.now = Progress(*state["now"])
+        self.first_update, self.last_update = _update_at(state["first_update"]), _update_at(state["last_update"])
         self.completed = bool(state["completed"][0])
 
     def reopen_if_not_over(self) -> None:
-        """Take back that averaging is complete, where `end` has not come: a run that was ended is continued."""
+        """Clear `completed` if `end` is later than now: a resumed run may have a later end."""
         self.completed = self.completed and self._is_over()
 
     @property
     def started(self) -> bool:
-        """Whether `start` has come."""
+        """Whether `start` has been reached."""
         return self._at(self.now, self.start.unit) >= self.start.value
 
     def _is_over(self) -> bool:
@@ -187,7 +181,7 @@ class Schedule:
         return Decision(update, self.completed, elapsed)
 
     def _intervals_at(self, progress: Progress, first: Progress) -> int:
-        """Whole intervals from `first` to `progress`."""
+        """Return the number of whole intervals from `first` to `progress`."""
         unit = self.interval.unit
         return math.floor((self._at(progress, unit) - self._at(first, unit)) / self.interval.value)
 
@@ -239,10 +233,14 @@ class Schedule:
                 )
 
     def _comparable(self, time: Time) -> tuple[Fraction, str]:
-        """Return `time` in the unit that most others can be turned into, too."""
+        """Return `time` as a number and a unit; in batches, or else in the unit of `max_duration`, if possible."""
         value, unit = time.value, time.unit
         if unit == "dur" and self.max_duration is not None:
             value, unit = value * self.max_duration.value, self.max_duration.unit
         if unit == "ep" and self.steps_per_epoch is not None:
             value, unit = value * self.steps_per_epoch, "ba"
         return value, unit
+
+
+def _update_at(position: Sequence[int]) -> Progress | None:
+    return None if position[0] < 0 else Progress(*position)

@@ -1,151 +1,32 @@
-"""Models with BatchNorm in the wrappers that people use, batches, and what the statistics must be, in float64."""
+"""The expected BatchNorm statistics, in float64."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-WRAPPERS = ("plain", "ddp", "fsdp1", "fsdp2")
-SHARDED = ("fsdp1", "fsdp2", "hsdp")
+from batch_norm_models import layers_of
+
 ULP = 2**-23  # of float32, relative
-HANG_S = 20.0
-Norms = (_BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-
-def build() -> nn.Sequential:
-    """Return a model with BatchNorm first and deeper, the same on every rank."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4))
-
-
-def wrap(model: nn.Module, wrapper: str) -> nn.Module:
-    """Put `wrapper` around a model on all ranks, and around its Linear and Conv2d children first."""
-    fsdp1: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
-    children = [(name, child) for name, child in model.named_children() if isinstance(child, nn.Linear | nn.Conv2d)]
-    if wrapper == "ddp":
-        return DistributedDataParallel(model)
-    if wrapper == "fsdp1":
-        for name, child in children:
-            setattr(model, name, FullyShardedDataParallel(child, **fsdp1))
-        return FullyShardedDataParallel(model, **fsdp1)
-    if wrapper == "fsdp2":
-        for _, child in children:
-            fully_shard(child)
-        fully_shard(model)
-    if wrapper == "hsdp":
-        inner = 2 if dist.get_world_size() % 2 == 0 else 1
-        mesh = init_device_mesh("cpu", (dist.get_world_size() // inner, inner), mesh_dim_names=("outer", "inner"))
-        fully_shard(model, mesh=mesh)
-    if wrapper in ("tp", "fsdp2+tp"):  # of `build()`
-        ranks = dist.get_world_size()
-        outer = 2 if wrapper == "fsdp2+tp" and ranks % 2 == 0 else 1
-        mesh = init_device_mesh("cpu", (outer, ranks // outer), mesh_dim_names=("data", "tensor"))
-        whole = ColwiseParallel(output_layouts=Replicate())
-        parallelize_module(model, mesh["tensor"], {"1": whole, "4": whole})
-        if wrapper == "fsdp2+tp":
-            fully_shard(model, mesh=mesh["data"])
-    return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("_fsdp_wrapped_module", "_orig_mod"))
-
-
-def norms(model: nn.Module) -> dict[str, Any]:
-    parts = unwrapped(model).named_modules()
-    return {plain_name(name): part for name, part in parts if isinstance(part, Norms)}
-
-
-def statistics(model: nn.Module) -> dict[str, list[float]]:
-    return {plain_name(name): buffer.tolist() for name, buffer in unwrapped(model).named_buffers()}
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def weights(model: nn.Module) -> list[list[float]]:
-    return [local(parameter.detach()).tolist() for parameter in model.parameters()]
-
-
-def scale(model: nn.Module, factor: float) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            local(parameter).mul_(factor)
-    return model
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def batches_of(num_batches: int, seed: int = 0) -> list[Tensor]:
-    """Return batches of different sizes, means and scales."""
-    return [random(4 + 3 * i % 7, 3, seed=seed + i) * (1 + i % 3) + i for i in range(num_batches)]
-
-
-def images_of(num_batches: int, seed: int = 0, size: int = 8) -> list[Tensor]:
-    return [random(2 + i % 3, 3, size, size, seed=seed + i) * (1 + i % 3) + i % 2 for i in range(num_batches)]
-
-
-def dealt(batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return this rank's batches."""
-    return batches[dist.get_rank() :: dist.get_world_size()]
-
-
-def uneven(batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return this rank's batches where the first rank has none and the last one most."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    if ranks == 1:
-        return batches
-    cuts = [len(batches) * r * (r - 1) // (ranks * (ranks - 1)) for r in range(ranks + 1)]
-    return batches[cuts[rank] : cuts[rank + 1]]
-
-
-class LoaderError(Exception):
-    pass
-
-
-def drawing(batches: Iterable[Tensor], fail_at: int | None = None) -> Iterator[Tensor]:
-    """Yield batches with random draws, as a shuffling loader does; raise instead of batch `fail_at`."""
-    for i, batch in enumerate(batches):
-        torch.rand(3)
-        if i == fail_at:
-            raise LoaderError
-        yield batch
-
-
-# The oracle
 
 
 def rows(batches: Iterable[Tensor]) -> Tensor:
-    """Return samples and positions as float64 rows of channels."""
+    """Return one float64 row of channels per sample and position."""
     return torch.cat([batch.double().movedim(1, -1).flatten(0, -2) for batch in batches])
 
 
 def two_pass(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance in float64."""
+    """Return the mean and the unbiased variance in float64."""
     samples = rows(batches)
     mean = samples.mean(0)
     return mean, (samples - mean).square().sum(0) / (len(samples) - 1)
 
 
 def per_instance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the means over instances of their means and unbiased variances, in float64."""
+    """Return the averages over instances of their means and their unbiased variances, in float64."""
     instances = [instance.double().flatten(1) for batch in batches for instance in batch]
     means = torch.stack([instance.mean(1) for instance in instances])
     deviations = [instance - mean[:, None] for instance, mean in zip(instances, means, strict=True)]
@@ -154,12 +35,12 @@ def per_instance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def is_exact(mean: Tensor, variance: Tensor, batches: Sequence[Tensor]) -> bool:
-    """Whether statistics are right up to what rounding the moments of every batch to float32 allows."""
+    """Whether statistics are correct up to the float32 rounding in torch's sums, in batch moments and in buffers."""
     true_mean, true_variance = two_pass(batches)
     largest = rows(batches).abs().amax(0)
     allowed = ULP * (true_variance + true_variance.sqrt() * largest) + (ULP * largest).square()
     return bool(
-        ((mean - true_mean).abs() <= ULP * largest).all()
+        ((mean - true_mean).abs() <= 1.5 * ULP * largest).all()
         and ((variance - true_variance).abs() <= allowed).all()
         and (variance >= 0).all()
     )
@@ -169,41 +50,42 @@ def has_statistics_of(layer: Any, batches: Sequence[Tensor]) -> bool:
     return is_exact(layer.running_mean, layer.running_var, batches)
 
 
-def inputs_of_norms(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
-) -> dict[str, list[Tensor]]:
-    """Return what every layer of a float64 copy is given, per call: all that trains is BatchNorm in training mode."""
-    given: dict[str, list[Tensor]] = {name: [] for name in norms(model)}
+def record_inputs(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Record copies of the inputs of every layer, per call."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers_of(model)}
+    for name, layer in layers_of(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].clone()))
+    return inputs
+
+
+@torch.no_grad()
+def inputs_of_layers(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Return the inputs of every layer of a float64 copy, per call."""
     like = copy.deepcopy(model).double()
-    for name, layer in norms(like).items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0].clone()))
-    with torch.no_grad():
-        for batch in batches:
-            if forward is None:
-                like(batch.double())
-            else:
-                forward(like, batch)
-    return given
+    inputs = record_inputs(like)
+    for batch in batches:
+        like(batch.double())
+    return inputs
 
 
 def assert_all_statistics(model: nn.Module, like: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Every layer has the statistics of a float64 pass through `like`: BatchNorm trains, all else evaluates."""
+    """Compare with a float64 pass through `like`: BatchNorm in training mode, all else in evaluation mode."""
     like = copy.deepcopy(like).eval()
-    for layer in norms(like).values():
+    for layer in layers_of(like).values():
         layer.train()
-    for name, inputs in inputs_of_norms(like, batches).items():
-        layer = norms(model)[name]
+    for name, inputs in inputs_of_layers(like, batches).items():
+        layer = layers_of(model)[name]
         for found, true in zip((layer.running_mean, layer.running_var), two_pass(inputs), strict=True):
             torch.testing.assert_close(found, true.float(), rtol=1e-5, atol=1e-5)
         assert torch.equal(layer.num_batches_tracked, torch.tensor(len(inputs))), name
 
 
 def assert_layerwise_statistics(model: nn.Module, like: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Every layer has the statistics of all it is given where those called before it have theirs, in float64."""
+    """Compare with float64 passes through `like`, in which the layers before each layer have their final statistics."""
     like = copy.deepcopy(like).double().eval()
     for name in call_order(like, batches[0]):
-        inputs = inputs_of_norms(like, batches)[name]
-        layer, oracle = norms(model)[name], norms(like)[name]
+        inputs = inputs_of_layers(like, batches)[name]
+        layer, oracle = layers_of(model)[name], layers_of(like)[name]
         oracle.running_mean, oracle.running_var = (
             per_instance(inputs) if not isinstance(layer, _BatchNorm) else two_pass(inputs)
         )
@@ -214,10 +96,10 @@ def assert_layerwise_statistics(model: nn.Module, like: nn.Module, batches: Sequ
 
 
 def call_order(model: nn.Module, batch: Tensor) -> list[str]:
-    """Return the names of layers in the order in which a forward first calls them."""
+    """Return the names of the layers in the order of their first call in a forward."""
     order: dict[str, None] = {}
     model = copy.deepcopy(model)
-    for name, layer in norms(model).items():
+    for name, layer in layers_of(model).items():
         layer.register_forward_pre_hook(lambda *_, name=name: order.update({name: None}))
     with torch.no_grad():
         model(batch.to(next(model.parameters()).dtype))

@@ -1,4 +1,4 @@
-"""What the average must be: coefficients from the closed form of each rule, never from the library's recursion."""
+"""The expected averages: coefficients from the closed form of each rule, not from the library's recursion."""
 
 import math
 import string
@@ -13,9 +13,9 @@ from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, PowerE
 
 
 def closed_form(rule: Rule, num_models: int, gaps: Sequence[float] = ()) -> list[float]:
-    """What each of `num_models` models, oldest first, weighs in their average.
+    """Return the coefficients of `num_models` models, oldest first.
 
-    `gaps` is the training between consecutive models in the unit of a half-life, ``num_models - 1`` of them.
+    `gaps` is the training between consecutive models in the unit of a half-life: ``num_models - 1`` numbers.
     """
     models = range(1, num_models + 1)
     match rule:
@@ -42,7 +42,7 @@ def closed_form(rule: Rule, num_models: int, gaps: Sequence[float] = ()) -> list
 
 
 def weighted_sum(coefficients: Sequence[float], models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The float64 sum of `models`, full tensors by name, each times its coefficient."""
+    """Return the float64 sum of `models`, full tensors by name, with `coefficients`."""
     weights = torch.tensor(coefficients, dtype=torch.float64)
     names = models[0].keys()
     if any(model.keys() != names for model in models):
@@ -54,7 +54,7 @@ def weighted_sum(coefficients: Sequence[float], models: Sequence[dict[str, Tenso
 
 
 def power_gamma(sigma_rel: float) -> float:
-    """The root of sigma_rel^2 (g+2)^2 (g+3) = g+1 above 0."""
+    """Return the positive root of sigma_rel^2 (g+2)^2 (g+3) = g+1."""
     square = sigma_rel**2
     roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
     return max(float(root.real) for root in roots if abs(root.imag) < 1e-9)
@@ -70,12 +70,12 @@ def _half_life(half_life: float, num_models: int, gaps: Sequence[float]) -> list
         raise ValueError(f"{num_models} models have {num_models - 1} gaps, got {len(gaps)}")
     times = list(accumulate(gaps, initial=0.0))
     remaining = [0.5 ** ((times[-1] - time) / half_life) for time in times]
-    # A model weighs what the average forgot since the model before it, less what it has forgotten since.
+    # The weight of a model is the decay of the average since the previous model, itself decayed since then.
     return [now - before for now, before in zip(remaining, [0.0, *remaining], strict=False)]
 
 
 def _learning_rate(shape: str, fraction: float) -> float:
-    """The decay that a run did not make: 1 at its start, 0 at its end."""
+    """Return the learning rate of the emulated decay, from 1 at the start to 0 at the end."""
     if shape == "linear":
         return 1 - fraction
     if shape == "minus_sqrt":

@@ -1,4 +1,4 @@
-"""After every step of the learning-rate phase the rates are what the phase says, whatever a scheduler wrote."""
+"""The rates after every step of the learning-rate phase are those of the phase and not those of a scheduler."""
 
 import math
 import re
@@ -9,96 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dist_swa import SWA
 from dist_swa.lr_phase import phase_lr
+from phase_run import ANNEAL_STEPS, END, INTERVAL, LRS, START, STEPS, SWA_LR, TIMES, Run, annealed, without_phase
 
 ignore_single_process = pytest.mark.filterwarnings(
     "ignore:.*assuming the intent is to (save|load) in a single process:UserWarning"
 )
-
-Rates = list[float]
-LRS = [0.4, 0.01]
-SWA_LR = 0.05
-# Updates after 5, 7, ..., 21; complete at 21.
-TIMES: dict[str, Any] = {"swa_start": "5ba", "swa_end": "21ba", "update_interval": "2ba"}
-START, END, INTERVAL, ANNEAL_STEPS = 5, 21, 2, 4
-STEPS = 30
-
-
-class Run:
-    """A model, an optimizer with two param groups, a scheduler or none, and their SWA."""
-
-    def __init__(self, scheduler: str | None = None, *, lrs: Sequence[float | torch.Tensor] = LRS, **options: Any):
-        generator = torch.Generator().manual_seed(0)
-        self.model = nn.Linear(3, 2)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        groups = [{"params": [parameter], "lr": lr} for parameter, lr in zip(self.model.parameters(), lrs, strict=True)]
-        self.optimizer = torch.optim.SGD(groups, momentum=0.5)
-        self.scheduler = make_scheduler(scheduler, self.optimizer)
-        arguments: dict[str, Any] = {**TIMES, "schedule_swa_lr": True, "swa_lr": SWA_LR, "anneal_steps": ANNEAL_STEPS}
-        self.swa = SWA(self.model, self.optimizer, **arguments | options)
-        self.num_steps = 0
-
-    @property
-    def lrs(self) -> Rates:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def train(self, num_steps: int) -> list[Rates]:
-        """Return the rates after each step."""
-        seen = []
-        for _ in range(num_steps):
-            self.num_steps += 1
-            for parameter in self.model.parameters():
-                parameter.grad = torch.sin(parameter.detach() + self.num_steps)
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
-            self.swa.step()
-            seen.append(self.lrs)
-        return seen
-
-    def save(self, path: Path) -> None:
-        save(self._state(), checkpoint_id=path)
-
-    def resume(self, path: Path, stopped: "Run") -> None:
-        state = self._state()
-        load(state, checkpoint_id=path)
-        set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=state["optimizer"])
-        self.num_steps = stopped.num_steps
-        if self.scheduler is not None and stopped.scheduler is not None:
-            self.scheduler.load_state_dict(stopped.scheduler.state_dict())
-
-    def _state(self) -> dict[str, Any]:
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
-        return {"model": self.model, "optimizer": optimizer, "swa": self.swa}
-
-
-def make_scheduler(name: str | None, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-    match name:
-        case "step":
-            return StepLR(optimizer, step_size=3, gamma=0.7)
-        case "cosine":
-            return CosineAnnealingLR(optimizer, T_max=STEPS)
-    return None
-
-
-def without_phase(scheduler: str | None) -> list[Rates]:
-    """The rates of a run whose rates are the scheduler's alone."""
-    return Run(scheduler, schedule_swa_lr=False, swa_lr=None).train(STEPS)
-
-
-def annealed(start: float, swa_lr: float, strategy: str, step: int) -> float:
-    """The rate after `step`, one of the phase, of a group that had `start` in front of it."""
-    fraction = min(((step - START) // INTERVAL + 1) / ANNEAL_STEPS, 1.0)
-    remaining = 1 - fraction if strategy.startswith("lin") else math.cos(fraction * math.pi / 2) ** 2
-    return swa_lr + (start - swa_lr) * remaining
 
 
 def close(rates: Sequence[float]) -> object:
@@ -111,11 +30,11 @@ def close(rates: Sequence[float]) -> object:
 @pytest.mark.parametrize("scheduler", [None, "step", "cosine"])
 @pytest.mark.parametrize("strategy", ["linear", "lin", "cosine", "cos"])
 def test_rates_after_every_step(strategy: str, scheduler: str | None) -> None:
-    """The scheduler steps before every swa.step(), and has its say before and after the phase only."""
+    """The scheduler steps before every swa.step(). Its rates are used before and after the phase only."""
     run = Run(scheduler, anneal_strategy=strategy)
     rates, free = run.train(STEPS), without_phase(scheduler)
     assert rates[: START - 1] == free[: START - 1]
-    start = free[START - 1]  # what the scheduler made of step 5, the one that starts the phase
+    start = free[START - 1]  # set by the scheduler after step 5, which starts the phase
     for step in range(START, END + 1):
         assert rates[step - 1] == close([annealed(lr, SWA_LR, strategy, step) for lr in start]), step
     assert rates[END - 1] == [SWA_LR, SWA_LR]
@@ -135,7 +54,7 @@ def test_no_swa_lr_holds_the_rates_of_the_start(scheduler: str) -> None:
     assert rates[-1] != rates[END - 1]
 
 
-def test_nothing_is_touched_without_schedule_swa_lr() -> None:
+def test_without_schedule_swa_lr_the_rates_are_those_of_the_scheduler() -> None:
     run = Run("cosine", schedule_swa_lr=False, swa_lr=None)
     alone = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in LRS])
     scheduler = CosineAnnealingLR(alone, T_max=STEPS)
@@ -145,7 +64,7 @@ def test_nothing_is_touched_without_schedule_swa_lr() -> None:
         assert rates == scheduler.get_last_lr()
 
 
-def test_averages_to_the_end_keep_the_phase_to_the_end() -> None:
+def test_without_swa_end_the_phase_lasts_to_the_end() -> None:
     rates = Run("step", swa_end=None).train(STEPS)
     assert rates[START + (ANNEAL_STEPS - 1) * INTERVAL - 1 :] == [[SWA_LR, SWA_LR]] * 20
 
@@ -158,17 +77,17 @@ def test_finalize_ends_the_phase() -> None:
     assert run.train(5) == [before] * 5
 
 
-def test_one_annealing_step_is_a_jump() -> None:
+def test_one_annealing_step_sets_the_rate_at_once() -> None:
     rates = Run(anneal_steps=1).train(START)
     assert rates == [LRS] * (START - 1) + [[SWA_LR, SWA_LR]]
 
 
-def test_rate_may_rise_and_be_zero() -> None:
-    assert Run(swa_lr=2.0).train(STEPS)[-1] == [2.0, 2.0]
-    assert Run(swa_lr=0.0).train(STEPS)[-1] == [0.0, 0.0]
+@pytest.mark.parametrize("swa_lr", [2.0, 0.0])
+def test_swa_lr_may_be_higher_than_the_rate_or_zero(swa_lr: float) -> None:
+    assert Run(swa_lr=swa_lr).train(STEPS)[-1] == [swa_lr, swa_lr]
 
 
-def test_phase_in_epochs_goes_on_at_their_ends() -> None:
+def test_a_phase_in_epochs_advances_at_their_ends() -> None:
     run = Run(swa_start="1ep", swa_end="3ep", update_interval="1ep", anneal_steps=2)
     rates = []
     for _ in range(4):
@@ -180,7 +99,7 @@ def test_phase_in_epochs_goes_on_at_their_ends() -> None:
 
 
 @pytest.mark.parametrize("scheduler", [None, "step"])
-def test_tensor_rates_are_written_in_place(scheduler: str | None) -> None:
+def test_rates_that_are_tensors_are_set_in_place(scheduler: str | None) -> None:
     tensors = [torch.tensor(lr) for lr in LRS]
     run = Run(scheduler, lrs=tensors)
     free = Run(scheduler, lrs=[torch.tensor(lr) for lr in LRS], schedule_swa_lr=False, swa_lr=None).train(START)
@@ -190,12 +109,19 @@ def test_tensor_rates_are_written_in_place(scheduler: str | None) -> None:
         assert group["lr"] is tensor
 
 
-def test_phase_lr() -> None:
-    assert phase_lr(0.5, None, "cosine", 0.3) == 0.5
-    assert phase_lr(0.5, 0.1, "linear", 0.5) == pytest.approx(0.3)
-    assert phase_lr(0.5, 0.1, "cosine", 0.5) == pytest.approx(0.3)
-    assert phase_lr(0.5, 0.1, "cosine", 0.25) == pytest.approx(0.5 - 0.4 * (1 - math.sqrt(0.5)) / 2)
-    assert phase_lr(0.5, 0.1, "linear", 1) == phase_lr(0.5, 0.1, "cosine", 7.5) == 0.1
+@pytest.mark.parametrize(
+    ("swa_lr", "strategy", "fraction", "expected"),
+    [
+        (None, "cosine", 0.3, 0.5),
+        (0.1, "linear", 0.5, 0.3),
+        (0.1, "cosine", 0.5, 0.3),
+        (0.1, "cosine", 0.25, 0.5 - 0.4 * (1 - math.sqrt(0.5)) / 2),
+        (0.1, "linear", 1, 0.1),
+        (0.1, "cosine", 7.5, 0.1),
+    ],
+)
+def test_phase_lr(swa_lr: float | None, strategy: str, fraction: float, expected: float) -> None:
+    assert phase_lr(0.5, swa_lr, strategy, fraction) == pytest.approx(expected)
 
 
 # Resume
@@ -204,7 +130,7 @@ def test_phase_lr() -> None:
 @ignore_single_process
 @pytest.mark.parametrize("stop", [3, 4, 5, 6, 9, 10, 20, 21, 22])
 @pytest.mark.parametrize("scheduler", [None, "step", "cosine"])
-def test_resume_equals_never_having_stopped(tmp_path: Path, scheduler: str | None, stop: int) -> None:
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, scheduler: str | None, stop: int) -> None:
     whole = Run(scheduler, anneal_strategy="cosine")
     expected = whole.train(STEPS)
 
@@ -221,7 +147,7 @@ def test_resume_equals_never_having_stopped(tmp_path: Path, scheduler: str | Non
 
 @ignore_single_process
 @pytest.mark.parametrize("saved_with_phase", [True, False])
-def test_resume_takes_the_swa_lr_of_the_constructor(tmp_path: Path, saved_with_phase: bool) -> None:
+def test_a_resumed_run_uses_the_swa_lr_of_the_constructor(tmp_path: Path, saved_with_phase: bool) -> None:
     stop = 8
     phase: dict[str, Any] = {} if saved_with_phase else {"schedule_swa_lr": False, "swa_lr": None}
     first = Run("step", **phase)
@@ -237,7 +163,7 @@ def test_resume_takes_the_swa_lr_of_the_constructor(tmp_path: Path, saved_with_p
 
 
 @ignore_single_process
-def test_resume_without_swa_lr_holds_the_rates_of_the_start(tmp_path: Path) -> None:
+def test_a_resumed_run_without_swa_lr_holds_the_rates_of_the_start(tmp_path: Path) -> None:
     first = Run("cosine")
     first.train(8)
     first.save(tmp_path)
@@ -314,7 +240,7 @@ def test_load_needs_the_param_groups_of_the_checkpoint() -> None:
 
 
 def test_load_needs_a_checkpoint_with_rates() -> None:
-    """One saved without an optimizer has no rates to start from."""
+    """A checkpoint of an SWA without an optimizer has no rates."""
     state = SWA(nn.Linear(3, 2), **TIMES).state_dict()
     with pytest.raises(ValueError, match="load_state_dict needs"):
         Run().swa.load_state_dict(state)

@@ -1,8 +1,7 @@
-"""How much does each model weigh in the average?
+"""Averaging rules: the weight of each model in the average.
 
-Every rule is the recursion ``avg_1 = model_1; avg_n = avg_{n-1} + w_n (model_n - avg_{n-1})``: a rule says
-what ``w_n`` is. A rule that is no such recursion (`Window`) stores several slots, each with ``w_n = 1``, and the
-average is the mean of the slots in use.
+An average follows ``avg_1 = model_1; avg_n = avg_{n-1} + w_n (model_n - avg_{n-1})``. A rule returns ``w_n``. A rule
+that is not such a recursion (`Window`) uses several slots with ``w_n = 1``; the average is the mean of the used slots.
 """
 
 from __future__ import annotations
@@ -15,32 +14,43 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 Elapsed = float | Mapping[str, float] | None
-"""Training since the last update: a number in the unit of the rule, or ``{"ba": 1, "tok": 4096}``."""
+"""Training since the last update: a number in the unit of the rule, or by unit, as ``{"ba": 1, "tok": 4096}``."""
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """Gives the weight ``w_n`` of the n-th model; subclasses are frozen dataclasses of plain values."""
+    """Base class of averaging rules. Subclass it to define your own.
+
+    A subclass is a frozen dataclass of plain values that implements `weight`. It has no state: all ranks must get the
+    same weights, also after a resume. A checkpoint stores the class name and the ``repr``. Loading it into another
+    class raises, and other values warn. Example, an EMA that starts as an equal average::
+
+        @dataclass(frozen=True)
+        class LateEMA(Rule):
+            decay: float = 0.99
+
+            def weight(self, n: int, elapsed: Elapsed = None) -> float:
+                return max(1 / n, 1 - self.decay)
+
+    A rule that reads `elapsed` overrides `unit`. `Window` shows a rule with several slots.
+    """
 
     @property
     def num_slots(self) -> int:
-        """Copies of the local shards that the average stores."""
+        """The number of copies of the local shards that the average stores."""
         return 1
 
     @property
     def unit(self) -> str | None:
-        """The unit of the elapsed training that `weight` asks for, if it does."""
+        """The unit of `elapsed`: "ba", "ep", "sp" or "tok". None if `weight` does not read `elapsed`."""
         return None
 
     @abstractmethod
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
-        """Return ``w_n`` for the n-th model (from 1); ``w_1`` is 1. `elapsed`: training since model n-1."""
+        """Return ``w_n`` for model n, counted from 1; ``w_1`` must be 1. `elapsed`: the training since model n-1."""
 
     def coefficients(self, num_models: int, elapsed: Elapsed = None) -> list[float]:
-        """Return what each of `num_models` models, oldest first, weighs in their average; they sum to 1.
-
-        `elapsed` is the training between any two models, where the rule asks for it.
-        """
+        """Return the weights of `num_models` models in their average, oldest first; `elapsed` lies between any two."""
         coefficients, rest = [], 1.0
         for n in range(num_models, 0, -1):
             weight = self.weight(n, elapsed)
@@ -51,7 +61,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Equal(Rule):
-    """SWA: every model weighs the same, 1/N. arXiv:1803.05407, section 3.2."""
+    """SWA: all N models have the weight 1/N. arXiv:1803.05407, section 3.2."""
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
         return 1 / n
@@ -59,7 +69,7 @@ class Equal(Rule):
 
 @dataclass(frozen=True)
 class Polynomial(Rule):
-    """Later models weigh more, as ``i**eta``; ``eta=0`` is `Equal`. arXiv:1212.1824, section 4.
+    """Polynomial decay: weights grow like ``i**eta``; ``eta=0`` is `Equal`. arXiv:1212.1824, section 4.
 
     Raises ValueError unless `eta` is a finite number >= 0.
     """
@@ -79,10 +89,9 @@ class Polynomial(Rule):
 class EMA(Rule):
     """Exponential moving average: the first model is copied, then ``avg += (1 - decay) (model - avg)``.
 
-    Exactly one of `decay`, in [0, 1), and `half_life` is given. A half-life is a time string in ``ba``, ``sp``,
-    ``tok`` or ``ep`` ("2000ba"): a model's weight then follows the training since the last update, and halves in
-    that time. `warmup` lowers the decay of the early updates to ``(1 + n) / (10 + n)``, n models averaged before.
-    Raises ValueError for anything else.
+    Pass either `decay`, in [0, 1), or `half_life`, a time string in ``ba``, ``sp``, ``tok`` or ``ep`` ("2000ba"): the
+    weight of a model halves in this amount of training, at any update interval. `warmup` limits `decay` to
+    ``(1 + n) / (10 + n)``, with n models averaged before. Raises ValueError for any other combination.
     """
 
     decay: float | None = None
@@ -116,11 +125,9 @@ class EMA(Rule):
         return 1 - (min(self.decay, n / (9 + n)) if self.warmup else self.decay)
 
     def _parsed_half_life(self) -> tuple[float, str]:
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]{1,3})?)(ba|sp|tok|ep)", str(self.half_life).strip())
-        try:
-            value = float(match[1]) if match else 0.0
-        except ValueError:
-            value = 0.0
+        number = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+        match = re.fullmatch(rf"({number})(ba|sp|tok|ep)", str(self.half_life).strip(), re.ASCII)
+        value = float(match[1]) if match else 0.0
         if not match or not (math.isfinite(value) and value > 0):
             raise ValueError(
                 f"EMA needs a half_life above 0 in ba, sp, tok or ep, got half_life={self.half_life!r}; write '2000ba'"
@@ -130,10 +137,10 @@ class EMA(Rule):
 
 @dataclass(frozen=True)
 class PowerEMA(Rule):
-    """EMA whose memory grows with the run: its relative width `sigma_rel` stays. arXiv:2312.02696, section 3.1.
+    """EMA whose width is a constant fraction `sigma_rel` of the run so far. arXiv:2312.02696, section 3.1.
 
     ``w_n = 1 - (1 - 1/n)**(gamma + 1)`` with the gamma of ``sigma_rel = (gamma+1)^.5 (gamma+2)^-1 (gamma+3)^-.5``.
-    Raises ValueError unless `sigma_rel` lies in (0, 12**-0.5); the paper uses 0.05 and 0.10.
+    Raises ValueError unless `sigma_rel` is in (0, 12**-0.5). The paper uses 0.05 and 0.10.
     """
 
     sigma_rel: float
@@ -147,12 +154,12 @@ class PowerEMA(Rule):
 
     @property
     def gamma(self) -> float:
-        """The exponent: coefficients fall off as ``(i / N)**gamma``."""
-        low, high = 0.0, 2 / self.sigma_rel  # the width falls with gamma, and is below 1/gamma
+        """The exponent: coefficients are about proportional to ``(i / N)**gamma``."""
+        low, high = 0.0, 2 / self.sigma_rel  # the width decreases with gamma and is below 1/gamma
         for _ in range(100):
             middle = (low + high) / 2
-            wide = math.sqrt(middle + 1) / ((middle + 2) * math.sqrt(middle + 3)) > self.sigma_rel
-            low, high = (middle, high) if wide else (low, middle)
+            is_wider = math.sqrt(middle + 1) / ((middle + 2) * math.sqrt(middle + 3)) > self.sigma_rel
+            low, high = (middle, high) if is_wider else (low, middle)
         return (low + high) / 2
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
@@ -168,10 +175,10 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class DecayShaped(Rule):
-    """The average of a constant-LR run that stands for an LR decay of this shape. WSM, arXiv:2507.17634, section 3.
+    """Emulates a learning-rate decay: averages a run at a constant rate. WSM, arXiv:2507.17634, section 3.
 
-    `shape` is "minus_sqrt", "linear" or "cosine"; `total` is the number of models that will be averaged: one more
-    raises RuntimeError. Under "minus_sqrt" the oldest model weighs most; "linear" is `Equal`.
+    `shape` is "minus_sqrt" (the oldest model has the largest weight), "linear" (the same as `Equal`) or "cosine".
+    `total` is the number of models to average. One more raises RuntimeError.
     """
 
     shape: str
@@ -194,7 +201,7 @@ class DecayShaped(Rule):
 class Window(Rule):
     """LAWA: the equal average of the last `size` models. arXiv:2209.14981, section 3.
 
-    Stores `size` copies of the local shards, and one more while they are swapped in or exported.
+    Memory: `size` copies of the local shards, and one more while the average is swapped in or exported.
     """
 
     size: int
@@ -215,7 +222,7 @@ class Window(Rule):
 
 
 def _require_number(rule: Rule, name: str) -> None:
-    """Make a plain float or int of the argument, whose text is saved; TypeError unless it is a number."""
+    """Convert the argument to a Python number, because checkpoints store the repr. TypeError if it is not a number."""
     value = getattr(rule, name)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{type(rule).__name__} needs a number, got {name}={value!r}; pass a float")
@@ -223,14 +230,12 @@ def _require_number(rule: Rule, name: str) -> None:
 
 
 def _require_count(rule: Rule, name: str) -> None:
-    """Make a plain int of the argument; TypeError or ValueError unless it is a number of models."""
-    value = getattr(rule, name)
+    """Convert the argument to an int. Raises TypeError or ValueError unless it is a number of models."""
+    value, what = getattr(rule, name), type(rule).__name__
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{type(rule).__name__} needs a whole number of models, got {name}={value!r}; pass an int")
+        raise TypeError(f"{what} needs a whole number of models, got {name}={value!r}; pass an int")
     if value < 1:
-        raise ValueError(
-            f"{type(rule).__name__} needs at least one model, got {name}={value}; pass how many it averages"
-        )
+        raise ValueError(f"{what} needs at least one model, got {name}={value}; pass how many it averages")
     object.__setattr__(rule, name, int(value))
 
 

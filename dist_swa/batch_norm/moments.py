@@ -1,7 +1,7 @@
-"""Count, mean and squared deviations per channel: of a batch, of all batches, of all ranks.
+"""Mean and variance per channel, accumulated in float64 over batches and merged over ranks.
 
-Sums are float64, and parts are merged by Chan's formula (Chan, Golub, LeVeque 1983): never a mean of variances, and
-never ``E[x^2] - E[x]^2``, which cancels.
+Partial results are merged with the formula of Chan, Golub and LeVeque (1983). Averaging the variances of batches would
+be wrong, and ``E[x^2] - E[x]^2`` loses precision by cancellation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Moments per channel of what a layer was given.
+    """Moments per channel of the inputs of a layer.
 
-    Of values: `count` of them have the `mean`, and `deviations` is the sum of their squared deviations from it.
-    Of instances (InstanceNorm): `mean` is the mean over `count` instances of their means, and `deviations` the sum of
-    their variances; how far their means lie apart does not enter, as torch has it.
+    BatchNorm: `count` is the number of values, `deviations` the sum of their squared deviations from `mean`.
+    InstanceNorm: `count` is the number of instances, `mean` the mean of their means, `deviations` the sum of their
+    variances. The spread between the means of instances is ignored, as torch does.
     """
 
     mean: Tensor
@@ -28,7 +28,7 @@ class Moments:
     is_of_instances: bool = False
     count: int = 0
     num_forwards: int = 0
-    num_skipped: int = 0  # forwards that had one value per channel, and so no variance
+    num_skipped: int = 0  # forwards with one value per channel, which has no variance
 
     @classmethod
     def zeros(cls, num_channels: int, device: torch.device, is_of_instances: bool) -> Moments:
@@ -36,11 +36,11 @@ class Moments:
         return cls(mean, deviations, is_of_instances)
 
     def add(self, count: int, mean: Tensor, variance: Tensor) -> None:
-        """Merge the mean and unbiased variance of `count` values in, or the means of those of `count` instances."""
+        """Add the mean and the unbiased variance of `count` values, or their means over `count` instances."""
         total = self.count + count
         delta = mean - self.mean
         self.mean.add_(delta, alpha=count / total)
-        self.deviations.add_(variance, alpha=self._freedom(count))
+        self.deviations.add_(variance, alpha=self._degrees_of_freedom(count))
         if not self.is_of_instances:
             self.deviations.addcmul_(delta, delta, value=self.count / total * count)
         self.count = total
@@ -48,15 +48,15 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """The unbiased variance of all values, or the mean of those of all instances."""
-        return self.deviations / self._freedom(self.count)
+        """The unbiased variance of all values, or the mean of the variances of all instances."""
+        return self.deviations / self._degrees_of_freedom(self.count)
 
-    def _freedom(self, count: int) -> int:
+    def _degrees_of_freedom(self, count: int) -> int:
         return count if self.is_of_instances else count - 1
 
 
 def merge_ranks(moments: Sequence[Moments], group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Make every rank's moments those of all ranks. Two all-reduces, whatever the number of layers and ranks."""
+    """Replace the moments of every rank by those of all ranks of `group`, with two all-reduces. A collective."""
     if not dist.is_initialized():
         return
     sizes = [part.mean.numel() for part in moments]

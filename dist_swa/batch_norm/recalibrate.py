@@ -1,10 +1,10 @@
-"""BatchNorm statistics over all ranks."""
+"""Recompute BatchNorm statistics over all ranks."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -18,13 +18,13 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from dist_swa.batch_norm.layers import (
-    Norm,
+    BatchNormLayer,
     StatisticsCollector,
     batch_norm_layers,
     local_sync_batch_norm,
     statistics_of,
 )
-from dist_swa.batch_norm.lockstep import ForwardFn, Ranks, call, prepared, run_in_lockstep
+from dist_swa.batch_norm.lockstep import ForwardFn, Ranks, default_forward, prepare, run_in_lockstep
 from dist_swa.batch_norm.moments import merge_ranks
 from dist_swa.collectives import fingerprint
 from dist_swa.sharding.fqn import NamePattern, select
@@ -36,6 +36,8 @@ from dist_swa.sharding.wrappers import (
     reshard,
     unwrap,
 )
+
+Collectors = Mapping[str, StatisticsCollector]  # by FQN
 
 
 def recalibrate_batch_norm(
@@ -50,122 +52,118 @@ def recalibrate_batch_norm(
     process_group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> None:
-    """Replace the BatchNorm statistics of `model` by those of all `batches` of all ranks.
+    """Recompute the BatchNorm statistics of `model` from the batches of all ranks.
 
-    A collective: every rank calls it, each with its own `batches`; they may be of different sizes and numbers, also
-    none. Afterwards `running_mean` and `running_var` (the unbiased variance, as torch keeps it) are those of all
-    samples, `num_batches_tracked` the number of counted forwards on all ranks, in the same buffers. BatchNorm and its
-    subclasses, SyncBatchNorm (local during the pass), and InstanceNorm with `track_running_stats` (the mean of
-    per-instance moments) take part, all else runs in evaluation mode, so dropout is off and draws nothing. Frozen
-    layers (in evaluation mode inside a model in training mode) stay as they are. Weights, gradients, momentum, modes,
-    hooks and torch's random state are given back on any exit, and on an error the statistics too. A model without
-    such layers returns at once.
+    Averaged weights need statistics of their own (arXiv:1803.05407, section 3.2). After the call, `running_mean` and
+    `running_var` are the mean and the unbiased variance over the samples of all ranks, and `num_batches_tracked` is
+    the number of batches counted on all ranks. The buffers are written in place.
+
+    A collective: every rank of `process_group` must call it, each with its own `batches`. Their number and sizes may
+    differ between ranks, and a rank may have none. Returns at once if the model has no layer with running statistics.
+
+    The layers are BatchNorm, SyncBatchNorm (without communication during the call), their subclasses, and InstanceNorm
+    with `track_running_stats` (means of the moments per instance). All other modules run in evaluation mode. Frozen
+    layers, in evaluation mode inside a model in training mode, keep their statistics. Weights, gradients, momenta,
+    modes, hooks and torch's random state are restored, also after an error; then the statistics are restored, too.
+
+    A layer does not count a batch with one value per channel, and normalises it with its previous statistics. A layer
+    that no batch reaches keeps its statistics. A warning names these layers.
 
     Args:
         batches: tensors (N, C, ...), tuples or lists (their first element is used), or dicts (keyword arguments).
-            Tensors go to the model's device, also those inside of tuples, lists, dicts, dataclasses and what has a
-            `to` method.
-        forward: called as ``forward(module, batch)`` for any other batch; `module` is the model inside DDP. Where
-            ranks run a sharded model's forwards together, it is also called for batches that are not counted.
-        max_batches: per rank.
-        layerwise: in one pass every layer is normalised by the batch, so what deeper layers see depends on how the
-            samples are batched. With True there is one pass per BatchNorm depth, each layer normalises with the final
-            statistics of those before it, and all become exact. Needs `batches` that can be iterated again. Until a
-            layer's turn comes it gives NaN; depth is not seen where NaN does not pass through (`sign`, comparisons).
-        exact: read every input again in float64 (memory: one such copy of the largest). Without it, the float32
-            moments of torch's own forward are merged: variances were within 2e-6 of the true ones where |mean|/std is
-            at most 10, within 3e-4 at 1e5, and there within 4e-3 for inputs in channels_last or without spatial dims,
-            which torch sums one after the other.
-        skip: layers to leave alone: a pattern of FQNs ("backbone.*"), a function of the FQN, or several of them.
-        process_group: the ranks to merge; default: DDP's own group, or all ranks. Under tensor parallelism, where a
-            group of ranks has the same batches, pass the data-parallel group, or each sample counts on each.
-        progress: whether the first rank shows a progress bar.
+            Tensors are moved to the model's device, including those inside of tuples, lists, dicts, dataclasses and
+            objects with a `to` method.
+        forward: called as ``forward(module, batch)`` for any other kind of batch; `module` is the model without DDP.
+            If the model is sharded, it is also called for batches that are not counted.
+        max_batches: the maximum number of batches per rank.
+        layerwise: in a single pass the statistics of the current batch normalise each layer, so the inputs of deeper
+            layers depend on the batching. True makes one pass per BatchNorm depth, in which each layer uses the final
+            statistics of the layers before it. `batches` must be iterable more than once. Layers of later passes
+            output NaN; an operation that does not propagate NaN (`sign`, comparisons) hides a dependency.
+        exact: compute the moments of each input in float64 (memory: a float64 copy of the largest input). False
+            merges the float32 moments of torch's own forward. Measured relative errors of the variance: 2e-6 for
+            |mean|/std up to 10; 3e-4 at 1e5, there 4e-3 for channels_last inputs and inputs without spatial dims.
+        skip: the layers to leave unchanged: a pattern of FQNs ("backbone.*"), a function of the FQN, or several.
+        process_group: the ranks whose statistics are merged. Default: DDP's group, or all ranks. Under tensor
+            parallelism pass the data-parallel group, otherwise each sample counts once per tensor-parallel rank.
+        progress: show a progress bar on the first rank.
 
-    A batch that leaves a layer one value per channel is not counted there, with one warning: the layer normalises it
-    with the statistics it had. Layers that no batch reached keep them, with one warning.
+    Invalid arguments and batches raise TypeError or ValueError, and ValueError if no rank has a batch. An error on one
+    rank, from its loader or `forward`, raises there and as RuntimeError on all other ranks. The exception is an error
+    inside a forward with collectives: the other ranks wait in it, and it raises on its own rank only.
 
-    Costs the forwards, float64 copies of the statistics, a copy of all buffers, one small all-reduce of integers, and
-    in each pass one more and two of the statistics, whatever the number of ranks; a sharded model adds one all-reduce
-    of five integers a forward, and sends a batch to ranks that never had one. Raises on every rank, with nothing
-    changed: TypeError or ValueError for arguments that do not fit, ValueError where no rank has a batch, and what a
-    loader or a forward raises on one rank; but from inside a forward that is a collective it raises there alone, since
-    the others wait in it. Why an averaged model needs it: arXiv:1803.05407, section 3.2.
+    Memory: float64 copies of the statistics and a copy of all buffers. Communication: one small all-reduce, and three
+    per pass. A sharded model adds one of five integers per batch, and sends a batch to each rank without any.
     """
     module, ddp = unwrap(model)
-    norms = batch_norm_layers(module)
-    if not norms:
+    layers = batch_norm_layers(module)
+    if not layers:
         return
-    if process_group is None and ddp is not None:
-        process_group = ddp.process_group
-    ranks = Ranks(process_group, statistics_of(next(iter(norms.values())))[0].device, *collective_groups(module))
-    layers: dict[str, StatisticsCollector] = {}
+    group = ddp.process_group if process_group is None and ddp is not None else process_group
+    ranks = Ranks(group, statistics_of(next(iter(layers.values())))[0].device, *collective_groups(module))
+    collectors: dict[str, StatisticsCollector] = {}
     error: Exception | None = None
     try:
         _check_arguments(batches, forward, max_batches, layerwise)
-        layers = {name: StatisticsCollector(layer, exact) for name, layer in _chosen(module, norms, skip).items()}
-        total = _known_length(batches, max_batches) if progress and not layerwise else None
+        collectors = {n: StatisticsCollector(layer, exact) for n, layer in _select(module, layers, skip).items()}
+        lengths = [length_hint(batches), max_batches] if progress and not layerwise else []
     except Exception as raised:
         error = raised
-    _agree_on_layers(layers, layerwise, error, ranks)
-    if not layers:
+    _agree_on_layers(collectors, layerwise, error, ranks)
+    if not collectors:
         return
-    bar = tqdm(desc="recalibrating BatchNorm", unit="batch", total=total, disable=not (progress and ranks.is_first()))
-    with bar, torch.no_grad(), _unchanged(module, layers.values()):
-        run = partial(_run, module, forward or call, layers.values(), bar)
+    total, hidden = min(filter(None, lengths), default=None), not (progress and ranks.is_first())
+    bar = tqdm(desc="recalibrating BatchNorm", unit="batch", total=total, disable=hidden)
+    with bar, torch.no_grad(), _evaluation(module, collectors):
+        run = partial(_run, module, forward or default_forward, collectors, bar)
         unordered = _run_passes(
-            layers, lambda: islice(prepared(batches, forward, ranks.device), max_batches), run, layerwise, ranks
+            collectors, lambda: islice(prepare(batches, forward, ranks.device), max_batches), run, layerwise, ranks
         )
-    for layer in layers.values():
-        layer.write()
-    for reason, names in {
-        "layers that no batch reached keep their statistics": [n for n in layers if not layers[n].moments.count],
-        "layers do not count batches with one value per channel": [n for n in layers if layers[n].moments.num_skipped],
-        "layers whose input depends on their own output, or is NaN, were normalised by the batch": unordered,
-    }.items():
-        if names:
-            warnings.warn(f"BatchNorm {reason}: {', '.join(names)}", stacklevel=2)
+    for collector in collectors.values():
+        collector.write_statistics()
+    for text in _warning_texts(collectors, unordered):
+        warnings.warn(text, stacklevel=2)
 
 
 def _run_passes(
-    layers: Mapping[str, StatisticsCollector],
+    collectors: Collectors,
     new_batches: Callable[[], Iterator[Any]],
     run: Callable[[Any, bool], None],
     layerwise: bool,
     ranks: Ranks,
 ) -> list[str]:
-    """Take the moments of all layers over all ranks, in one pass or layer by layer.
+    """Collect the moments of all layers over all ranks, in one pass or one pass per depth.
 
-    Return the layers that could not be ordered: none settles in a masked pass, so they are done together at last.
+    Returns the layers without an order: those that depend on their own output, or whose inputs are NaN in any case.
+    They get one last pass together, without masks.
     """
-    remaining, is_masked, unordered = dict(layers), layerwise, list[str]()
+    remaining, is_masked, unordered = dict(collectors), layerwise, list[str]()
     num_batches = None
     devices = [] if ranks.device.type == "cpu" else [ranks.device]
     while remaining:
-        for layer in remaining.values():
-            layer.start(is_masked)
+        for collector in remaining.values():
+            collector.start(is_masked)
         with torch.random.fork_rng(devices, device_type=ranks.device.type):
             num_batches = run_in_lockstep(new_batches(), run, ranks, num_batches)
-        merge_ranks([layer.moments for layer in remaining.values()], ranks.group, ranks.device)
-        settled = [n for n, layer in remaining.items() if not (is_masked and bool(layer.moments.mean.isnan().any()))]
-        for name in settled:
-            remaining.pop(name).settle()
-        if not settled:
+        merge_ranks([collector.moments for collector in remaining.values()], ranks.group, ranks.device)
+        done = [n for n, c in remaining.items() if not (is_masked and bool(c.moments.mean.isnan().any()))]
+        for name in done:
+            remaining.pop(name).finalize()
+        if not done:
             is_masked, unordered = False, list(remaining)
     return unordered
 
 
-def _run(
-    module: nn.Module, forward: ForwardFn, layers: Iterable[StatisticsCollector], bar: Any, batch: Any, is_counted: bool
-) -> None:
-    for layer in layers:
-        layer.is_counted = is_counted
+def _run(module: nn.Module, forward: ForwardFn, collectors: Collectors, bar: Any, batch: Any, is_counted: bool) -> None:
+    for collector in collectors.values():
+        collector.is_counted = is_counted
     forward(module, batch)
     bar.update(is_counted)
 
 
 @contextmanager
-def _unchanged(module: nn.Module, layers: Iterable[StatisticsCollector]) -> Iterator[None]:
-    """Let all but `layers` evaluate, uncompiled and with SyncBatchNorm local; on any exit all is as it was."""
+def _evaluation(module: nn.Module, collectors: Collectors) -> Iterator[None]:
+    """Evaluate `module` without compilation and without SyncBatchNorm's communication. Restore everything on exit."""
     reshard(find_fsdp_modules(module))
     modes = [(part, part.training) for part in module.modules()]
     buffers = [
@@ -173,19 +171,19 @@ def _unchanged(module: nn.Module, layers: Iterable[StatisticsCollector]) -> Iter
         for part in module.modules()
         for name, buffer in part.named_buffers(recurse=False)
     ]
-    # A model that was compiled has loaded torch._dynamo, which takes seconds.
+    # Importing torch._dynamo takes seconds. A compiled model has imported it.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    local = local_sync_batch_norm({collector.layer for collector in collectors.values()})
     try:
-        local = local_sync_batch_norm({layer.layer for layer in layers})
         with eager, local, preserve_broadcast_flags(module.modules()) as ddps:
-            for ddp in ddps:  # that are not outermost
-                ddp.require_forward_param_sync = False  # so that ranks may have other numbers of batches
+            for ddp in ddps:  # inside of `module`: ranks with other numbers of batches must not broadcast buffers
+                ddp.require_forward_param_sync = False
             for part, _ in modes:
-                part.training = False  # not eval(), which models override
+                part.training = False  # not eval(), because models override it
             yield
     finally:
-        for layer in layers:
-            layer.stop()
+        for collector in collectors.values():
+            collector.stop()
         for part, training in modes:
             part.training = training
         for part, name, buffer, values in buffers:
@@ -193,6 +191,17 @@ def _unchanged(module: nn.Module, layers: Iterable[StatisticsCollector]) -> Iter
                 setattr(part, name, buffer)
             copy_unless_expanded(buffer, values)
         reshard(find_fsdp_modules(module), discard_prefetched=True)
+
+
+def _warning_texts(collectors: Collectors, unordered: Sequence[str]) -> list[str]:
+    unreached = [name for name, collector in collectors.items() if not collector.moments.count]
+    skipped = [name for name, collector in collectors.items() if collector.moments.num_skipped]
+    names_by_reason = {
+        "layers that no batch reached keep their statistics": unreached,
+        "layers do not count batches with one value per channel": skipped,
+        "layers whose input depends on their own output, or is NaN, were normalised by the batch": unordered,
+    }
+    return [f"BatchNorm {reason}: {', '.join(names)}" for reason, names in names_by_reason.items() if names]
 
 
 def _check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bool) -> None:
@@ -211,29 +220,27 @@ def _check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bo
         )
 
 
-def _chosen(module: nn.Module, norms: Mapping[str, Norm], skip: NamePattern | None) -> dict[str, Norm]:
-    """Return the layers that are neither frozen nor to be skipped."""
-    skipped = set() if skip is None else select(norms, skip, "skip")
-    chosen = {n: layer for n, layer in norms.items() if n not in skipped and (layer.training or not module.training)}
-    for name, layer in chosen.items():
+def _select(
+    module: nn.Module, layers: Mapping[str, BatchNormLayer], skip: NamePattern | None
+) -> dict[str, BatchNormLayer]:
+    """Return the layers that are neither frozen nor skipped."""
+    skipped = set() if skip is None else select(layers, skip, "skip")
+    active = {n: layer for n, layer in layers.items() if n not in skipped and (layer.training or not module.training)}
+    for name, layer in active.items():
         if is_lazy(statistics_of(layer)[0]) or statistics_of(layer)[0].is_meta:
             raise ValueError(
                 f"recalibrate_batch_norm needs statistics with values, got none in {name!r}; materialise the model"
             )
-    return chosen
+    return active
 
 
-def _agree_on_layers(layers: Iterable[str], layerwise: bool, error: Exception | None, ranks: Ranks) -> None:
-    """Raise on all ranks where one has an error, or where they would not do the same. A collective."""
-    mark = fingerprint(torch.empty(0), f"{list(layers)} {bool(layerwise)}")
-    highest, lowest = ranks.agree(error, [mark, -mark])
+def _agree_on_layers(names: Iterable[str], layerwise: bool, error: Exception | None, ranks: Ranks) -> None:
+    """Raise on every rank if any has an error, or if the ranks would run different passes. A collective."""
+    layers = list(names)
+    value = fingerprint(torch.empty(0), f"{layers} {bool(layerwise)}")
+    highest, lowest = ranks.agree(error, [value, -value])
     if highest != -lowest:
         raise ValueError(
-            f"recalibrate_batch_norm needs the same layers on every rank, got layers={list(layers)}, {layerwise=} here"
-            " and others elsewhere; let modes, skip and layerwise agree"
+            f"recalibrate_batch_norm needs the same layers on every rank, got {layers=}, {layerwise=} here and others"
+            " elsewhere; pass the same skip and layerwise, and set the same modes, on every rank"
         )
-
-
-def _known_length(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    length = length_hint(batches) or max_batches
-    return length if max_batches is None or length is None else min(length, max_batches)

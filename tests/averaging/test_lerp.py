@@ -1,4 +1,4 @@
-"""Several averages are moved in one walk over the shards, and a block of them has the bits of the whole."""
+"""Several averages share one read of the shards, and updates in blocks have the bits of whole tensors."""
 
 import pytest
 import torch
@@ -19,12 +19,14 @@ def shards_of(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_have_the_bits_of_whole_tensors(dtype: torch.dtype) -> None:
     shards = shards_of(dtype)
-    slots = [[torch.randn(shard.shape) for shard in shards] for _ in range(3)]
-    expected = [[average.lerp(shard.float(), 0.3 * i) for average, shard in zip(slot, shards, strict=True)]
-                for i, slot in enumerate(slots)]  # fmt: skip
-    expected[0] = [shard.float() for shard in shards]
+    weights = {0: 1.0, 1: 0.3, 2: 0.6}
+    slots = [[torch.randn(shard.shape) for shard in shards] for _ in weights]
+    expected = [
+        [average.lerp(shard.float(), weights[i]) for average, shard in zip(slot, shards, strict=True)]
+        for i, slot in enumerate(slots)
+    ]
     groups = foreach.plan(slots, shards)
-    foreach.lerp(groups, {0: 1.0, 1: 0.3, 2: 0.6})
+    foreach.lerp(groups, weights)
     for slot, values in zip(slots, expected, strict=True):
         assert [i for i in range(len(shards)) if not torch.equal(slot[i], values[i])] == []
     assert len(groups) > 3  # blocks
@@ -32,7 +34,7 @@ def test_blocks_have_the_bits_of_whole_tensors(dtype: torch.dtype) -> None:
 
 
 def conversions(num_slots: int) -> int:
-    """Return how many elements an update of `num_slots` averages converts."""
+    """Return the number of copies in an update of `num_slots` averages."""
     shards = shards_of(torch.bfloat16)
     groups = foreach.plan([[torch.zeros(shard.shape) for shard in shards] for _ in range(num_slots)], shards)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True, record_shapes=True) as profiler:
@@ -44,7 +46,7 @@ def test_shards_are_converted_once_for_several_averages() -> None:
     assert conversions(1) == conversions(3) > 0
 
 
-def test_only_the_slots_that_are_named_move() -> None:
+def test_only_the_slots_in_weights_are_updated() -> None:
     shards = [torch.ones(3)]
     slots = [[torch.zeros(3)], [torch.zeros(3)]]
     foreach.lerp(foreach.plan(slots, shards), {1: 0.5})

@@ -1,16 +1,16 @@
-"""All but the statistics stays as it was, whatever becomes of a pass, and no rank waits for one that does not come."""
+"""Whatever ends a pass, everything but the statistics is restored, and no rank hangs."""
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.utils.data import DataLoader, TensorDataset
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from batch_norm_oracle import (
+from batch_norm_models import (
     HANG_S,
     SHARDED,
     WRAPPERS,
@@ -18,9 +18,10 @@ from batch_norm_oracle import (
     batches_of,
     build,
     drawing,
-    has_statistics_of,
+    in_every_wrapper,
+    layers_of,
     local,
-    norms,
+    mixed_model,
     random,
     statistics,
     unwrapped,
@@ -31,54 +32,37 @@ from dist_swa import recalibrate_batch_norm
 from ranks import on_ranks, run_on_ranks
 
 
-class StaysInEvaluation(nn.Linear):
-    def train(self, mode: bool = True) -> "StaysInEvaluation":
-        return super().train(False)
-
-
-def mixed_model() -> nn.Sequential:
-    """Return a model in training mode with parts that are not, other momenta, and a hook of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.BatchNorm1d(3, momentum=0.3),
-            *(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=None), nn.Dropout(0.5)),
-            *(StaysInEvaluation(5, 5), nn.BatchNorm1d(5)),
-            *(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)),
-        )
-    model.train()[5].eval()
-    model[2].register_forward_hook(lambda *_: None)
-    return model
-
-
 def has_fsdp1(module: nn.Module) -> bool:
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
 
 
-def photograph(model: nn.Module) -> dict[str, Any]:
-    """Return what has to stay whatever becomes of the pass."""
+def preserved_state(model: nn.Module) -> dict[str, Any]:
+    """Return everything that a pass must restore."""
     module = unwrapped(model)
     return {
         "modes": [part.training for part in model.modules()],
-        "momenta": [layer.momentum for layer in norms(model).values()],
+        "momenta": [layer.momentum for layer in layers_of(model).values()],
         "hooks": [len(hooks) for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)],
         "random state": torch.get_rng_state().tolist(),
         "parameters": [(id(p), type(p), p.requires_grad) for p in module.parameters()],
         "weights": weights(module),
-        # FSDP1 makes its views of gradients anew.
         "gradients": [p.grad if p.grad is None else local(p.grad).tolist() for p in module.parameters()],
+        # FSDP1 creates new views of its gradients.
         "gradient objects": [id(p.grad) for p in module.parameters() if not has_fsdp1(module)],
         "buffers": [(name, id(buffer), buffer.data_ptr()) for name, buffer in module.named_buffers()],
-        "frozen statistics": [buffer.tolist() for buffer in norms(model)["5"].buffers()],
+        "frozen statistics": [buffer.tolist() for buffer in layers_of(model)["5"].buffers()],
         "gradient mode": torch.is_grad_enabled(),
     }
+
+
+# The ways out of a pass
 
 
 class ForwardError(Exception):
     pass
 
 
-def forward_but_pairs(module: nn.Module, batch: Tensor) -> None:
+def fail_for_pairs(module: nn.Module, batch: Tensor) -> None:
     torch.rand(3)
     module(batch)
     if len(batch) == 2:
@@ -93,9 +77,7 @@ def raising_skip(name: str) -> bool:
     raise LoaderError
 
 
-class Unmeasured:
-    """Batches whose number nobody knows, and which are not to be asked for it."""
-
+class WithoutLength:
     def __init__(self, batches: list[Tensor]) -> None:
         self.batches = batches
 
@@ -111,8 +93,8 @@ class Broken:
         raise LoaderError
 
 
-class Shrinking(Unmeasured):
-    """Batches that are fewer in every pass, as where an iteration reads on from where the last one stopped."""
+class Shrinking(WithoutLength):
+    """Has one batch less in every pass, like a loader that continues where the last iteration stopped."""
 
     def __iter__(self) -> Iterator[Tensor]:
         self.batches = self.batches[1:]
@@ -124,86 +106,119 @@ class Unpicklable:
         self.given, self.function = given, lambda: None
 
 
-Exit = tuple[Any, dict[str, Any], type[Exception] | None, type[Exception] | None]
+class Exit(NamedTuple):
+    """The batches of the last rank and of the others, options of each, and the expected errors of each."""
+
+    last: Callable[[], Any]
+    options: dict[str, Any]
+    error: type[Exception] | None = None
+    others: Callable[[], Any] | None = None  # None: as the last rank
+    other_options: dict[str, Any] | None = None
+    other_error: type[Exception] | None = None
+
+    def of(self, is_last: bool) -> tuple[Any, dict[str, Any], type[Exception] | None]:
+        if is_last:
+            return self.last(), self.options, self.error
+        options = self.options if self.other_options is None else self.other_options
+        return (self.others or self.last)(), options, self.other_error
 
 
-def exits(wrapper: str) -> dict[str, Exit]:
-    """Return, per way out of a pass: batches, options, what the last rank raises, and what the others raise."""
-    last = dist.get_rank() == dist.get_world_size() - 1
-    good = [random(6, 3, seed=dist.get_rank() + i) for i in range(3)]
-    pair, wide = [good[0], good[1][:2], good[2]], [good[0], random(6, 4), good[2]]
-    forward = {"forward": forward_but_pairs}
-    found: dict[str, Exit] = {
-        "success": (drawing(good), forward, None, None),
-        "max_batches": (drawing(good, fail_at=2), {"max_batches": 2}, None, None),
-        "no batches": ([], {}, ValueError, ValueError),
-        "another kind": (["text"], {}, TypeError, TypeError),
-        "not iterable": (7, {}, TypeError, TypeError),
-        "not iterable on one": (7 if last else good, {}, TypeError, RuntimeError),
-        "forward": (pair, forward, ForwardError, ForwardError),
-        "BatchNorm": (wide, {}, RuntimeError, RuntimeError),  # between gathers
-        "no length": (Unmeasured(good), {}, None, None),
-        "iter": (Broken(), {}, LoaderError, LoaderError),
-        "iter on one": (Broken() if last else good, {}, LoaderError, RuntimeError),
-        "argument on one": (good, {"max_batches": 0 if last else 3}, ValueError, RuntimeError),
-        "skip on one": (good, {"skip": raising_skip if last else None}, LoaderError, RuntimeError),
-        "another kind on one": ([*good, "text"] if last else good, {}, TypeError, RuntimeError),
-        "generator layer by layer": (drawing(good), {"layerwise": True}, TypeError, TypeError),
-        "generator layer by layer on one": (
-            drawing(good) if last else good,
-            {"layerwise": True},
-            TypeError,
-            RuntimeError,
-        ),
-        "layer by layer": (good, {"layerwise": True}, None, None),
-        "shrinking layer by layer": (Shrinking(good * 2), {"layerwise": True}, ValueError, ValueError),
-        "shrinking layer by layer on one": (
-            Shrinking(good * 2) if last else good,
-            {"layerwise": True},
-            ValueError,
-            RuntimeError,
-        ),
-        "exact": (good, {"exact": True}, None, None),
-    }
-    for i in range(3):
-        found[f"loader at {i}"] = (drawing(good, fail_at=i), {}, LoaderError, LoaderError)
-        found[f"loader at {i} on one"] = (drawing(good, fail_at=i if last else None), {}, LoaderError, RuntimeError)
-    long = drawing(good * 3, fail_at=7)
-    found["loader, long after the others"] = (long if last else good[:1], {}, LoaderError, RuntimeError)
-    if wrapper not in SHARDED:
-        found["forward on one"] = (pair if last else good, forward, ForwardError, RuntimeError)
-    elif dist.get_world_size() > 1:
-        unsendable = [] if last else [Unpicklable(good[0])]
-        found["not to be sent"] = (unsendable, {"forward": forward_of_field}, ValueError, ValueError)
-    if dist.get_world_size() > 1:
-        other = ValueError, ValueError
-        found["another number"] = (good[: 2 if last else 3], {}, None, None)
-        found["none on one"] = ([] if last else good, {}, None, None)
-        found["other layers"] = (good, {"skip": "2" if last else None}, *other)
-        found["layer by layer on one alone"] = (good, {"layerwise": last}, *other)
-    return found
+def good() -> list[Tensor]:
+    return [random(6, 3, seed=dist.get_rank() + i) for i in range(3)]
 
 
+def failing(at: int | None) -> Iterator[Tensor]:
+    return drawing(good(), fail_at=at)
+
+
+def everywhere(batches: Callable[[], Any], error: type[Exception] | None, **options: Any) -> Exit:
+    return Exit(batches, options, error, other_error=error)
+
+
+def on_last(
+    batches: Callable[[], Any], error: type[Exception], others: Callable[[], Any] = good, **options: Any
+) -> Exit:
+    return Exit(batches, options, error, others, other_error=RuntimeError)
+
+
+FAIL_FOR_PAIRS: dict[str, Any] = {"forward": fail_for_pairs}
+LAYERWISE: dict[str, Any] = {"layerwise": True}
+EXITS = {
+    "success": everywhere(lambda: drawing(good()), None, **FAIL_FOR_PAIRS),
+    "exact": everywhere(good, None, exact=True),
+    "layerwise": everywhere(good, None, **LAYERWISE),
+    "max_batches": everywhere(lambda: failing(2), None, max_batches=2),
+    "no length": everywhere(lambda: WithoutLength(good()), None),
+    "no batches": everywhere(list, ValueError),
+    "a wrong batch": everywhere(lambda: ["text"], TypeError),
+    "a wrong batch on one rank": on_last(lambda: [*good(), "text"], TypeError),
+    "not iterable": everywhere(lambda: 7, TypeError),
+    "not iterable on one rank": on_last(lambda: 7, TypeError),
+    "forward": everywhere(lambda: [good()[0], good()[1][:2], good()[2]], ForwardError, **FAIL_FOR_PAIRS),
+    "BatchNorm, between gathers": everywhere(lambda: [good()[0], random(6, 4), good()[2]], RuntimeError),
+    "iter": everywhere(Broken, LoaderError),
+    "iter on one rank": on_last(Broken, LoaderError),
+    "an argument on one rank": Exit(good, {"max_batches": 0}, ValueError, None, {"max_batches": 3}, RuntimeError),
+    "skip on one rank": Exit(good, {"skip": raising_skip}, LoaderError, None, {}, RuntimeError),
+    "layerwise, a generator": everywhere(lambda: drawing(good()), TypeError, **LAYERWISE),
+    "layerwise, a generator on one rank": on_last(lambda: drawing(good()), TypeError, **LAYERWISE),
+    "layerwise, shrinking": everywhere(lambda: Shrinking(good() * 2), ValueError, **LAYERWISE),
+    "layerwise, shrinking on one rank": on_last(lambda: Shrinking(good() * 2), ValueError, **LAYERWISE),
+    **{f"loader at {i}": everywhere(functools.partial(failing, i), LoaderError) for i in range(3)},
+    **{f"loader at {i} on one rank": on_last(functools.partial(failing, i), LoaderError) for i in range(3)},
+    "loader, long after the others": on_last(lambda: drawing(good() * 3, fail_at=7), LoaderError, lambda: good()[:1]),
+}
+EXITS_OF_SEVERAL_RANKS = {
+    "fewer batches on one rank": Exit(lambda: good()[:2], {}, others=good),
+    "no batches on one rank": Exit(list, {}, others=good),
+    "other layers on one rank": Exit(good, {"skip": "2"}, ValueError, None, {}, ValueError),
+    "layerwise on one rank": Exit(good, LAYERWISE, ValueError, None, {}, ValueError),
+}
+FORWARD_ON_ONE_RANK = on_last(lambda: [good()[0], good()[1][:2], good()[2]], ForwardError, **FAIL_FOR_PAIRS)
+UNPICKLABLE = Exit(list, {"forward": forward_of_field}, ValueError, lambda: [Unpicklable(good()[0])], None, ValueError)
+
+
+def check_exit(exit: Exit, wrapper: str) -> None:
+    torch.manual_seed(dist.get_rank())
+    model = wrap(mixed_model(), wrapper)
+    model(random(6, 3)).square().sum().backward()
+    batches, options, expected = exit.of(is_last=dist.get_rank() == dist.get_world_size() - 1)
+    before, statistics_before, error = preserved_state(model), statistics(model), None
+    try:
+        recalibrate_batch_norm(model, batches, **options)
+    except Exception as raised:
+        error = raised
+    assert (error and type(error)) is expected, error
+    after = preserved_state(model)
+    assert {key: (before[key], after[key]) for key in before if after[key] != before[key]} == {}
+    assert (statistics(model) == statistics_before) == (expected is not None)
+    dist.barrier()  # no collective is pending
+
+
+@in_every_wrapper
+@pytest.mark.parametrize("name", EXITS)
 @on_ranks(1, 2, 3, timeout_s=HANG_S)
-def test_every_exit_gives_back_all_but_the_statistics() -> None:
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    for wrapper in WRAPPERS:
-        torch.manual_seed(dist.get_rank())
-        model = wrap(mixed_model(), wrapper)
-        model(random(6, 3)).square().sum().backward()
-        for name, (batches, options, on_last, on_others) in exits(wrapper).items():
-            case, expected, error = f"{wrapper}: {name}", on_last if is_last else on_others, None
-            before, statistics_before = photograph(model), statistics(model)
-            try:
-                recalibrate_batch_norm(model, batches, **options)
-            except Exception as raised:
-                error = raised
-            assert (error and type(error)) is expected, (case, error)
-            after = photograph(model)
-            changed = {key: (before[key], after[key]) for key in before if after[key] != before[key]}
-            assert not changed, (case, changed)
-            assert (statistics(model) == statistics_before) == (expected is not None), case
-            dist.barrier()  # no collective is left over
+def test_every_exit_restores_all_but_the_statistics(name: str, wrapper: str) -> None:
+    check_exit(EXITS[name], wrapper)
+
+
+@in_every_wrapper
+@pytest.mark.parametrize("name", EXITS_OF_SEVERAL_RANKS)
+@on_ranks(2, 3, timeout_s=HANG_S)
+def test_exits_of_ranks_with_different_arguments(name: str, wrapper: str) -> None:
+    check_exit(EXITS_OF_SEVERAL_RANKS[name], wrapper)
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name not in SHARDED])
+@on_ranks(1, 2, 3, timeout_s=HANG_S)
+def test_a_local_forward_that_fails_on_one_rank_raises_on_all(wrapper: str) -> None:
+    check_exit(FORWARD_ON_ONE_RANK, wrapper)
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name in SHARDED])
+@on_ranks(2, 3, timeout_s=HANG_S)
+def test_a_batch_that_cannot_be_sent_raises_on_all_ranks(wrapper: str) -> None:
+    check_exit(UNPICKLABLE, wrapper)
 
 
 def fail_in_forward_on_rank_1() -> None:
@@ -215,59 +230,7 @@ def fail_in_forward_on_rank_1() -> None:
     recalibrate_batch_norm(wrap(build(), "fsdp2"), batches_of(2), forward=forward)
 
 
-def test_a_sharded_forward_that_fails_on_one_rank_says_so_there_at_once() -> None:
-    """The others stand in a gather of the forward, which nobody can leave; the failed rank has to end the job."""
+def test_a_sharded_forward_that_fails_on_one_rank_raises_there_at_once() -> None:
+    """The other ranks wait in a collective of the forward until the failed rank ends the job."""
     with pytest.raises(AssertionError, match=r"^rank 1 of 2 failed:\n(.*\n)+.*ForwardError"):
         run_on_ranks(fail_in_forward_on_rank_1, 2, timeout_s=8.0)
-
-
-def train(wrapper: str, look: Callable[[nn.Module], None]) -> tuple[list[Any], list[float]]:
-    """Return weights and losses of a training that looks at the model after every step."""
-    torch.manual_seed(0)
-    model, losses = wrap(mixed_model(), wrapper), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(3):
-        optimizer.zero_grad()
-        loss = model(random(6, 3, seed=step)).square().sum()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        look(model)
-    return weights(model), losses
-
-
-def recalibrate_and_fail(model: nn.Module) -> None:
-    recalibrate_batch_norm(model, drawing(batches_of(2)))
-    with pytest.raises(RuntimeError, match="running_mean should contain 4 elements not 3"):
-        recalibrate_batch_norm(model, drawing([*batches_of(2), random(6, 4)]))
-    recalibrate_batch_norm(model, batches_of(2), layerwise=True)
-    with pytest.raises(LoaderError):
-        recalibrate_batch_norm(model, drawing(batches_of(3), fail_at=1))
-
-
-@on_ranks(1, 2)
-def test_training_goes_on_bit_for_bit() -> None:
-    for wrapper in WRAPPERS:
-        assert train(wrapper, recalibrate_and_fail) == train(wrapper, lambda model: None), wrapper
-
-
-@on_ranks(1, 2)
-def test_weights_written_to_shards_after_an_evaluation_count() -> None:
-    """After a forward without a backward FSDP2's root stays unsharded; these weights are stale."""
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.BatchNorm1d(5))
-    fully_shard(model)
-    shards = list(model.parameters())
-    with torch.no_grad():
-        model.eval()(random(4, 3))
-        for shard in shards:
-            local(shard).fill_(0.5)
-    recalibrate_batch_norm(model, [random(4, 3)])
-    assert torch.allclose(norms(model)["2"].running_mean, torch.tensor(0.5 + 3 * 0.5 * 0.5))
-
-
-def test_a_shuffling_data_loader_leaves_the_random_state() -> None:
-    loader = DataLoader(TensorDataset(random(24, 3)), batch_size=8, shuffle=True)
-    model, before = nn.Sequential(nn.BatchNorm1d(3)), torch.get_rng_state()
-    recalibrate_batch_norm(model, loader)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert has_statistics_of(model[0], [random(24, 3)])

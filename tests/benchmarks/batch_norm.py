@@ -1,4 +1,4 @@
-"""What does a recalibration cost? Against the same forwards alone (the floor), and torch's `update_bn` in the same run.
+"""CPU time of a recalibration, compared with the same forwards alone (the minimum) and with torch's `update_bn`.
 
 Run: OMP_NUM_THREADS=1 python tests/benchmarks/batch_norm.py
 """
@@ -34,7 +34,7 @@ def conv_net() -> nn.Module:
 
 
 def dense_net() -> nn.Module:
-    """Return 50 narrow layers: what a layer costs, whatever its size."""
+    """Return 50 narrow layers, whose cost per layer dominates."""
     return nn.Sequential(
         *(nn.Sequential(nn.Linear(256, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU()) for _ in range(50))
     )
@@ -53,7 +53,7 @@ def forwards_alone(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def cpu_s(call: Callable[[], object]) -> float:
-    start = time.process_time()  # of one thread; a clock on the wall would count what else the machine does
+    start = time.process_time()  # wall-clock time would include other processes
     call()
     return time.process_time() - start
 
@@ -73,7 +73,7 @@ def main(num_batches: int = 4, repeats: int = 5) -> None:
         }
         for call in calls.values():
             call()
-        # Side by side, so that what else the machine does meets all of them; a ratio is of neighbours.
+        # Measured alternately, so that other load affects all of them; ratios are within one round.
         rounds = [{label: cpu_s(call) for label, call in calls.items()} for _ in range(repeats)]
         for label in calls:
             time_s = statistics.median(times[label] for times in rounds)

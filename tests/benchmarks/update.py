@@ -1,4 +1,4 @@
-"""What does an update cost, in time and memory? Against one `lerp_` over a flat buffer (the floor) and torch's own.
+"""Time and memory of an update, compared with one `lerp_` over a flat buffer (the minimum) and with torch.
 
 Run: OMP_NUM_THREADS=1 python tests/benchmarks/update.py
 """
@@ -14,19 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dist_swa import EMA, ShardedAverage
 
-GPT2_LAYER: list[tuple[int, ...]] = [
-    (768,),
-    (768,),
-    (768, 2304),
-    (2304,),
-    (768, 768),
-    (768,),
-    (768,),
-    (768,),
-    (768, 3072),
-    (3072,),
-]
-GPT2_LAYER += [(3072, 768), (768,)]
+GPT2_LAYER: list[tuple[int, ...]] = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
+GPT2_LAYER += [(768, 3072), (3072,), (3072, 768), (768,)]
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "GPT-2 (124 M in 148 tensors)": [(50257, 768), (1024, 768), *GPT2_LAYER * 12, (768,), (768,)],
     "2000 tensors of 64 x 64": [(64, 64)] * 2000,
@@ -63,7 +52,7 @@ def main() -> None:
             turns = [ShardedAverage(model, EMA(0.99)).update for _ in range(3)]
             calls["dist_swa, 3 averages in turn"] = lambda turns=turns: [turn() for turn in turns]  # type: ignore[misc]
             calls["dist_swa, 3 averages at once"] = ShardedAverage(model, dict.fromkeys("abc", EMA(0.99))).update
-            if dtype == torch.float32:  # of a bf16 model it keeps a bf16 average, which is another thing
+            if dtype == torch.float32:  # of a bf16 model it keeps a bf16 average, which is not comparable
                 averaged_model = AveragedModel(model)
                 calls["torch AveragedModel"] = lambda m=model, a=averaged_model: a.update_parameters(m)  # type: ignore[misc]
             for label, call in calls.items():
