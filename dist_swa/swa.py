@@ -61,8 +61,8 @@ class SWA:
         max_duration: str | None = None,
         steps_per_epoch: int | None = None,
         swa_start: str = "0.7dur",
-        swa_end: str | None = "0.97dur",
-        update_interval: str = "1ep",
+        swa_end: str | None = None,
+        update_interval: str = "1ba",
         schedule_swa_lr: bool = False,
         swa_lr: float | None = None,
         anneal_strategy: str = "linear",
@@ -167,17 +167,15 @@ class SWA:
         in now. Every rank calls it: a collective under DDP, and where it recalibrates. Memory: as `swapped_in`. With
         nothing averaged the model stays as it is, with one warning. Raises ValueError for a model with BatchNorm and
         no `batches` (with ``buffers="average"`` it then keeps the averaged statistics), what `recalibrate_batch_norm`
-        raises, and RuntimeError where the schedule counts epochs in a run that told of none; nothing has changed then.
+        raises; nothing has changed then.
         """
-        if self.schedule.epochs_unknown:
-            raise RuntimeError(
-                "a schedule in epochs needs to know where they end, got steps_per_epoch=None and no end_epoch call"
-                "; pass steps_per_epoch, or call end_epoch after each"
-            )
         if self.num_averaged == 0:
+            reason = f"swa_start={self.schedule.start} was not reached"
+            if self.schedule.epochs_unknown:
+                reason = "no epoch has ended, and the schedule counts epochs"
             warnings.warn(
-                f"no model was averaged in {self.schedule.now.batches} steps, swa_start={self.schedule.start};"
-                " the model keeps its trained weights",
+                f"no model was averaged in {self.schedule.now.batches} steps: {reason}; the model keeps its trained"
+                " weights",
                 stacklevel=2,
             )
             return

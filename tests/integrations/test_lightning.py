@@ -377,7 +377,7 @@ def test_a_checkpoint_inside_of_a_validation_has_the_trained_weights(strategy: s
         def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
             super().validation_step(batch, batch_idx)
             if len(self.steps) == STEPS and batch_idx == 0:  # as Lightning does on a signal of SLURM
-                with pytest.warns(UserWarning, match="ends the look at them"):
+                with pytest.warns(UserWarning, match="ends their evaluation"):
                     self.trainer.save_checkpoint(tmp_path / "saved")
 
     class Beginning(Callback):
@@ -463,8 +463,9 @@ def test_fsdp1_attaches_and_resumes(tmp_path: Path) -> None:
         it: Any = SimpleNamespace(callbacks=[swa], model=model, optimizers=[sgd(model)], global_step=0, max_epochs=1)
         it.strategy, it.is_global_zero = object.__new__(FSDPStrategy), dist.get_rank() == 0
         it.num_training_batches, it.max_steps, it.accumulate_grad_batches = 6, -1, 1
-        it.current_epoch, it.ckpt_path = 0, None
-        module: Any = SimpleNamespace(automatic_optimization=True)
+        it.estimated_stepping_batches = 6
+        it.current_epoch, it.ckpt_path, it.datamodule = 0, None, None
+        module = Module()
         swa.setup(it, module, "fit")
         if saved is not None:
             it.ckpt_path = path
