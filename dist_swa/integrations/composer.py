@@ -120,6 +120,7 @@ class SWA(Algorithm):  # type: ignore[misc]
             self.swa = self._attach(state)
         else:
             self.swa.schedule.reopen_if_not_over()  # the previous fit may have ended before swa_end
+        self._is_recalibrated = self._is_recalibrated and self.swa.completed
 
     def _attach(self, state: State) -> dist_swa.SWA:
         if state.fsdp_config is not None or state.tp_config is not None:
