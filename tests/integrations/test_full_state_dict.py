@@ -14,7 +14,7 @@ from ranks import on_ranks, run_on_ranks
 
 Saved = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]  # wrapper: full_state_dict, the average
 DISTRIBUTED = [name for name in WRAPPERS if name != "plain"]
-LOADED_FROM = dict(zip(DISTRIBUTED, [DISTRIBUTED[-1], *DISTRIBUTED], strict=False))  # each from another one
+LOADED_FROM = dict(zip(DISTRIBUTED, DISTRIBUTED[1:] + DISTRIBUTED[:1], strict=True))
 
 
 def build_swa(wrapper: str) -> tuple[Any, SWA]:
