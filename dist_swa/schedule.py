@@ -132,12 +132,11 @@ class Schedule:
 
     def why_no_update(self) -> str:
         """Return the reason why no update was due so far."""
-        steps = f"in {self.now.batches} steps"
         if self.epochs_unknown:
-            return f"no epoch ended {steps}, got steps_per_epoch=None and no end_epoch call"
+            return "no epoch has ended, got steps_per_epoch=None and no end_epoch call"
         if not self.started:
-            return f"swa_start={self.start} was not reached {steps}"
-        return f"no update was made {steps}, update_interval={self.interval}"
+            return f"swa_start={self.start} was not reached"
+        return f"no update was made, got update_interval={self.interval}"
 
     def undo_update(self, before: Mapping[str, list[int]]) -> None:
         """Undo the update of the last check. `before` is the state before it. The update is due at the next check."""

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=4 examples/language_model.py     # a 2 x 2 mesh; an odd number of ranks: FSDP2 alone
     python examples/language_model.py                          # a single process, without a launcher
 
-The text is bytes, the learning rate stays constant after a short warmup, and three averages are kept at once: of all
-models from `--swa-start` on (SWA), of the late ones more than of the early ones (EMA), and of the last few (a window).
-The comments "dist_swa:" mark all that weight averaging adds to an ordinary script. Data and initial weights depend on
-the seed and the version of Python only: any number of ranks trains on the same global batches.
+The model predicts bytes. The learning rate is constant after a short warmup. Three averages are updated together: the
+equal average of all models from `--swa-start` on (SWA), an exponential moving average (EMA), and the average of the
+last few models (a window). Comments with "dist_swa:" mark everything that averaging adds to an ordinary script. Data
+and initial weights depend only on the seed and the Python version: any number of ranks trains on the same batches.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from dist_swa import EMA, SWA, Equal, Window  # dist_swa: the controller, and a rule for each average
 from train import process_group
 
-# Modules of one file each, in Python 3.11 to 3.13; every tenth is held out, whole. The list is fixed, so that the text
-# depends on nothing but the version of Python.
+# Single-file modules of Python 3.11 to 3.13; every tenth is held out. The list is fixed, so that the text depends only
+# on the Python version.
 MODULES = """
     _pydecimal _pyio _strptime argparse ast base64 bdb calendar cmd code codecs compileall configparser contextlib copy
     csv dataclasses datetime difflib dis doctest enum fileinput fractions ftplib functools getopt gettext gzip hashlib
@@ -40,12 +40,12 @@ MODULES = """
     tarfile tempfile textwrap threading timeit tokenize trace traceback tracemalloc types typing uuid warnings wave
     weakref webbrowser zipapp zipimport
 """
-VOCABULARY, HEAD = 256, 32  # bytes; the width of an attention head
+VOCABULARY, HEAD = 256, 32  # the number of byte values; the width of an attention head
 EVAL_BATCH = 64
 
 
 def load_text() -> tuple[Tensor, Tensor]:
-    """Return the bytes to train on, and those of the held-out modules."""
+    """Return the bytes of the training modules and of the held-out modules."""
     folder = Path(sysconfig.get_path("stdlib"))
     texts = [(folder / f"{name}.py").read_bytes() for name in MODULES.split()]
     held_out = b"".join(texts[9::10])
@@ -58,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)  # rows by head, so that ranks can share out the heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # rows grouped by head, for tensor parallelism
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
@@ -86,7 +86,7 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Return the summed cross-entropy (nats) of the bytes after the first, each predicted from those before it."""
+        """Return the summed cross-entropy (nats) of all bytes but the first, each predicted from those before it."""
         text, following = windows[:, :-1], windows[:, 1:]
         hidden = self.tokens(text) + self.positions(torch.arange(text.shape[1], device=text.device).unsqueeze(0))
         logits = self.head(self.norm(self.blocks(hidden)))
@@ -94,14 +94,14 @@ class GPT(nn.Module):
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[GPT, DeviceMesh]:
-    """Return the sharded model and the axis of the mesh over which ranks share out the data."""
+    """Return the sharded model and the data-parallel axis of the mesh."""
     ranks = dist.get_world_size()
     tensor = 2 if ranks % 2 == 0 else 1
     mesh = init_device_mesh(device.type, (ranks // tensor, tensor), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = GPT(args.layers, args.width, args.context).to(device)
     if tensor > 1:
-        text = Shard(1)  # activations are (batch, text, width): between layers, ranks share out the text
+        text = Shard(1)  # activations are (batch, text, width): sequence parallelism splits dim 1
         norm = SequenceParallel()
         columns, rows = ColwiseParallel(input_layouts=text), RowwiseParallel(output_layouts=text)
         embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=text)
@@ -110,7 +110,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[GPT, DeviceMe
         plan |= {"blocks.*.norm_1": norm, "blocks.*.qkv": columns, "blocks.*.out": rows}
         plan |= {"blocks.*.norm_2": norm, "blocks.*.up": columns, "blocks.*.down": rows}
         parallelize_module(model, mesh["tensor"], plan)
-        model.tie()  # parallelize_module made a parameter of its own for each, both sharded by rows of the vocabulary
+        model.tie()  # again: parallelize_module gave each module its own parameter, both sharded by rows
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
@@ -118,7 +118,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[GPT, DeviceMe
 
 
 def share(batch: Tensor, data: DeviceMesh) -> Tensor:
-    """Return this rank's windows of a global batch; the ranks of an axis "tensor" have the same ones."""
+    """Return this rank's windows of a global batch, the same on all ranks of a "tensor" axis."""
     return batch.tensor_split(data.size())[data.get_local_rank()].to(data.device_type)
 
 
@@ -126,11 +126,10 @@ def train(args: argparse.Namespace, model: GPT, data: DeviceMesh, text: Tensor) 
     """Train the model, and return its averages."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=args.steps // 10)
-    swa = SWA(  # dist_swa: each rank averages its own shards, all three averages in one walk over them
+    swa = SWA(  # dist_swa: each rank averages its own shards, and updates all three averages together
         model,
         max_duration=f"{args.steps}ba",
         swa_start=args.swa_start,
-        swa_end=None,
         update_interval=args.update_interval,
         rule={"swa": Equal(), "ema": EMA(half_life=args.half_life), "window": Window(args.window)},
         transfer="swa",
@@ -140,27 +139,27 @@ def train(args: argparse.Namespace, model: GPT, data: DeviceMesh, text: Tensor) 
         for _ in bar:
             starts = torch.randint(len(text) - args.context, (args.batch, 1), generator=generator)
             batch = text[starts + torch.arange(args.context + 1)]
-            # FSDP2 averages gradients over its ranks: scaled so, the result is the mean over the global batch.
+            # FSDP2 averages gradients over its ranks; this scale makes them the mean over the global batch.
             loss = model(share(batch, data)) * data.size() / batch[:, 1:].numel()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             warmup.step()
-            swa.step()  # dist_swa: counts the step, and updates the averages when they are due
+            swa.step()  # dist_swa: counts the step and updates the averages when they are due
             bar.set_postfix(loss=f"{loss.item() / math.log(2):.3f}", refresh=False)
     return swa
 
 
 @torch.no_grad()
 def evaluate(model: GPT, data: DeviceMesh, batches: Tensor) -> float:
-    """Return bits per byte of the text in `batches`; each rank runs its share of every one."""
+    """Return bits per byte of the text in `batches`. Each rank evaluates its windows of every batch."""
     total = torch.stack([model(share(batch, data)) for batch in batches]).sum()
     dist.all_reduce(total, group=data.get_group())
     return float(total) / batches[..., 1:].numel() / math.log(2)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], SWA]:
-    """Return bits per byte of held-out text, of the last iterate and of each average; and the averages."""
+    """Train; return bits per byte of held-out text for the last iterate and for each average, and the averages."""
     text, held_out = load_text()
     windows = held_out.unfold(0, args.context + 1, args.context)
     batches = windows.unfold(0, EVAL_BATCH, EVAL_BATCH).mT[: args.eval_batches]  # (number, EVAL_BATCH, context + 1)
@@ -168,9 +167,9 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float
     swa = train(args, model, data, text)
     figures = {"last iterate": evaluate(model, data, batches)}
     for name in swa.average.names:
-        with swa.swapped_in(name):  # dist_swa: inside, the model carries this average
+        with swa.swapped_in(name):  # dist_swa: inside, the model has the weights of this average
             figures[name] = evaluate(model, data, batches)
-    swa.finalize()  # dist_swa: puts the average named by `transfer` into the model, for good
+    swa.finalize()  # dist_swa: copies the average named by `transfer` into the model
     if args.save:
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:
@@ -186,15 +185,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="windows in a global batch")
     add("--context", type=int, default=128, help="bytes in a window")
     add("--layers", type=int, default=3, help="blocks of the model")
-    add("--width", type=int, default=128, help=f"of the model, a multiple of {2 * HEAD}")
+    add("--width", type=int, default=128, help=f"width of the model, a multiple of {2 * HEAD}")
     add("--lr", type=float, default=3e-3, help="learning rate of AdamW, constant after a tenth of the steps")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
-    add("--swa-start", default="0.8dur", metavar="TIME", help='when averaging starts, as "0.8dur", "500ba"')
-    add("--update-interval", default="5ba", metavar="TIME", help="from one update of the averages to the next")
-    add("--half-life", default="50ba", metavar="TIME", help="of a model's weight in the EMA")
-    add("--window", type=int, default=20, metavar="MODELS", help="how many of the last models the window averages")
-    add("--save", type=Path, metavar="PATH", help='write the average "swa" here, for GPT(...).load_state_dict')
-    add("--eval-batches", type=int, default=1000, help="of held-out text, at most")
+    add("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
+    add("--swa-start", default="0.8dur", metavar="TIME", help='when averaging starts: "0.8dur", "500ba"')
+    add("--update-interval", default="5ba", metavar="TIME", help="time between updates of the averages")
+    add("--half-life", default="50ba", metavar="TIME", help="half-life of a model's weight in the EMA")
+    add("--window", type=int, default=20, metavar="MODELS", help="number of models in the window")
+    add("--save", type=Path, metavar="PATH", help='write the state dict of the average "swa" here')
+    add("--eval-batches", type=int, default=1000, help="maximum number of batches of held-out text")
     return parser.parse_args(argv)
 
 

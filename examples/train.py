@@ -3,12 +3,12 @@
     torchrun --nproc_per_node=8 examples/train.py       # FSDP2; also --wrapper hsdp, --wrapper ddp
     python examples/train.py                            # a single process, without a launcher
 
-This is an ordinary distributed training script. The comments "dist_swa:" mark all that weight averaging adds to it.
+This is an ordinary distributed training script. Comments with "dist_swa:" mark everything that averaging adds to it.
 
-30 % of the labels are wrong, other ones at every presentation, so that the gradients stay noisy. At a constant
-learning rate the last iterate then wanders around the optimum, and the average of the iterates lies closer to it.
-BatchNorm statistics belong to the weights they were measured with, so the average needs its own ("recalibrated").
-Order and noise of the data depend on the seed only: any number of ranks trains on the same global batches.
+In every epoch, 30 % of the labels are replaced by random wrong ones, which keeps the gradients noisy. At a constant
+learning rate the last iterate then moves around the optimum, and the average of the iterates is closer to it.
+BatchNorm statistics depend on the weights, so those of the average are measured again ("recalibrated").
+The order and the noise of the data depend on the seed only: any number of ranks trains on the same global batches.
 """
 
 import argparse
@@ -25,8 +25,12 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
-from torch.distributed.checkpoint.state_dict import set_state_dict as put_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -34,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dist_swa import SWA, recalibrate_batch_norm  # dist_swa: the controller, and the BatchNorm pass
-from dist_swa.checkpoint import CheckpointFolder  # dist_swa: for all of the state; a killed save does no harm
+from dist_swa.checkpoint import CheckpointFolder  # dist_swa: a killed save leaves the older checkpoints intact
 
 Data = tuple[Tensor, Tensor]  # images, labels
 
@@ -44,7 +48,7 @@ ROWS = ("last iterate", "averaged, stale BatchNorm", "averaged, recalibrated")
 
 
 def load_data() -> tuple[Data, Data]:
-    """Return 900 digits to train on and 897 to test on; the split is always the same."""
+    """Return 900 training and 897 test images with their labels, in a fixed split."""
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order].float().view(-1, 1, 8, 8) / 16, labels[order]
@@ -86,9 +90,9 @@ def wrap(model: nn.Module, wrapper: str, device: torch.device) -> nn.Module:
 
 
 def evaluate(model: nn.Module, test: Data, device: torch.device) -> Tensor:
-    """Return accuracy (%) and negative log-likelihood on the test set; each rank runs its slice of it.
+    """Return accuracy (%) and negative log-likelihood (nats) on the test set. Each rank evaluates a slice of it.
 
-    Each rank has BatchNorm statistics of its own; those of the first rank count, and go to all others.
+    BatchNorm statistics differ between ranks; all ranks use those of rank 0.
     """
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
@@ -103,28 +107,28 @@ def evaluate(model: nn.Module, test: Data, device: torch.device) -> Tensor:
 
 
 class Run(NamedTuple):
-    """What a checkpoint holds."""
+    """The state that a checkpoint contains."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    epoch: Tensor  # how many are done
-    history: Tensor  # for each epoch and each of ROWS: accuracy and NLL; NaN where there was no average yet
-    swa: SWA  # dist_swa: the average and its place in the schedule
+    epoch: Tensor  # the number of completed epochs
+    history: Tensor  # accuracy and NLL for each epoch and each of ROWS; NaN before averaging starts
+    swa: SWA  # dist_swa: the average and the position in the schedule
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "epoch": self.epoch, "history": self.history}
-        return state | {"swa": self.swa}  # dist_swa: saved and loaded like all else, on any number of ranks
+        return state | {"swa": self.swa}  # dist_swa: loads on any number of ranks
 
     def save(self, folder: CheckpointFolder) -> None:
         folder.save(int(self.epoch) * STEPS_PER_EPOCH, self.state_dict())
 
     def resume(self, folder: CheckpointFolder) -> None:
-        """Go on from the latest checkpoint, if there is one."""
+        """Load the latest checkpoint, if there is one."""
         state = self.state_dict()
         if folder.load_latest(state) is not None:
             model, optimizer = state["model"], state["optimizer"]
-            put_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+            set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -133,14 +137,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     model = wrap(build_model().to(device), args.wrapper, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     num_steps = args.epochs * STEPS_PER_EPOCH
-    swa = SWA(  # dist_swa: each rank averages its own shard of the weights, after every step from swa_start to the end
-        model,
-        max_duration=f"{num_steps}ba",
-        steps_per_epoch=STEPS_PER_EPOCH,
-        swa_start=args.swa_start,
-        swa_end=None,
-        update_interval="1ba",
-    )
+    # dist_swa: each rank averages its own shard of the weights, after every step from swa_start to the end
+    swa = SWA(model, max_duration=f"{num_steps}ba", steps_per_epoch=STEPS_PER_EPOCH, swa_start=args.swa_start)
     history = torch.full((args.epochs, len(ROWS), 2), torch.nan)
     run = Run(model, optimizer, torch.tensor(0), history, swa)
     folder = CheckpointFolder(args.checkpoint_dir) if args.checkpoint_dir else None
@@ -151,19 +149,19 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     bar = tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first)
     for epoch in range(done, args.epochs):
         for images, labels in load_batches(train_data, args.seed, epoch, device):
-            # The wrappers average gradients over ranks: scaled so, the result is the mean over the global batch.
+            # The wrappers average gradients over ranks; this scale makes them the mean over the global batch.
             loss = F.cross_entropy(model(images), labels, reduction="sum") * dist.get_world_size() / GLOBAL_BATCH
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            swa.step()  # dist_swa: counts the step, and updates the average when it is due
+            swa.step()  # dist_swa: counts the step and updates the average when it is due
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
         history[epoch, 0] = evaluate(model, test_data, device)
-        if swa.started:  # dist_swa: look at the average; training goes on as if nobody had looked
-            with swa.swapped_in():  # dist_swa: inside, the model carries the averaged weights
+        if swa.started:  # dist_swa: evaluates the average; this does not change the training run
+            with swa.swapped_in():  # dist_swa: inside, the model has the averaged weights
                 history[epoch, 1] = evaluate(model, test_data, device)
-                # dist_swa: statistics of the averaged weights, over the batches of all ranks
+                # dist_swa: BatchNorm statistics of the averaged weights, from the batches of all ranks
                 recalibrate_batch_norm(model, load_batches(train_data, args.seed, epoch, device))
                 history[epoch, 2] = evaluate(model, test_data, device)
         run.epoch.add_(1)
@@ -171,7 +169,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             run.save(folder)
     bar.close()
 
-    # dist_swa: puts the average into the model, for good, and recalibrates it
+    # dist_swa: copies the average into the model and recalibrates BatchNorm
     swa.finalize(load_batches(train_data, args.seed, args.epochs - 1, device))
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_first:
@@ -179,7 +177,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def report(args: argparse.Namespace, history: Tensor, weights: dict[str, Any]) -> None:
-    """Print the table of the last epoch, and write the files that were asked for."""
+    """Print the results of the last epoch, and write the requested files."""
     table = {row: {"accuracy": acc, "nll": nll} for row, (acc, nll) in zip(ROWS, history[-1].tolist(), strict=True)}
     print(f"{'':28}accuracy     NLL")
     for row, figures in table.items():
@@ -192,7 +190,7 @@ def report(args: argparse.Namespace, history: Tensor, weights: dict[str, Any]) -
 
 
 def plot(accuracy: Tensor, path: Path) -> None:
-    """Draw accuracy over epochs, of the last iterate and of the recalibrated average."""
+    """Plot the accuracy of the last iterate and of the recalibrated average over the epochs."""
     last, _, averaged = accuracy.T.tolist()
     start = 1 + sum(value != value for value in averaged)
     figure = Figure(figsize=(7, 4), layout="tight")
@@ -218,19 +216,19 @@ def parse_args() -> argparse.Namespace:
     add("--wrapper", choices=("fsdp2", "hsdp", "ddp"), default="fsdp2", help="how the model is distributed")
     add("--epochs", type=int, default=30, help=f"length of the run, {STEPS_PER_EPOCH} steps each")
     add("--lr", type=float, default=0.1, help="learning rate of SGD, constant")
-    add("--seed", type=int, default=0, help="of the initial weights, the order of the data and the wrong labels")
-    add("--swa-start", default="0.7dur", metavar="TIME", help='when averaging starts, as "0.7dur", "20ep", "500ba"')
-    add("--checkpoint-dir", type=Path, metavar="DIR", help="save checkpoints here; resume the last, of equal epochs")
-    add("--checkpoint-every", type=int, default=5, metavar="EPOCHS", help="epochs from one checkpoint to the next")
-    add("--plot", type=Path, default=Path("outputs/digits_swa.png"), metavar="PATH", help="picture of the accuracy")
-    add("--json", type=Path, metavar="PATH", help="write the table and its rows for every epoch here")
-    add("--save", type=Path, metavar="PATH", help="write the averaged model here, for build_model().load_state_dict")
+    add("--seed", type=int, default=0, help="seed of the initial weights, the order of the data and the wrong labels")
+    add("--swa-start", default="0.7dur", metavar="TIME", help='when averaging starts: "0.7dur", "20ep", "500ba"')
+    add("--checkpoint-dir", type=Path, metavar="DIR", help="save here, and resume the latest (of as many epochs)")
+    add("--checkpoint-every", type=int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--plot", type=Path, default=Path("outputs/digits_swa.png"), metavar="PATH", help="plot of the accuracy")
+    add("--json", type=Path, metavar="PATH", help="write the results of every epoch here")
+    add("--save", type=Path, metavar="PATH", help="write the state dict of the averaged model here")
     return parser.parse_args()
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Enter the group that torchrun describes, or one of this process alone; leave it when all ranks are done."""
+    """Initialize torchrun's process group, or one of a single process; destroy it when all ranks are done."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
@@ -242,8 +240,8 @@ def process_group() -> Iterator[torch.device]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield device
-    dist.barrier()  # no rank goes while another one still talks to it
-    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
+    dist.barrier()  # no rank exits while another still communicates with it
+    time.sleep(0.1)  # gloo's thread releases the barrier, for which it needs the interpreter
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
-"""What the tests of trainers train: a small network on a few samples, of which every number of ranks sees the same."""
+"""A small training run for the tests of trainers; any number of ranks trains on the same global batches."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from cases import read
 from dist_swa import SWA
 
 GLOBAL_BATCH = 8
@@ -35,8 +37,47 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def loss_of(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    loss: Tensor = (model(batch[0]) - batch[1]).square().mean()
+    return loss
+
+
+def plain_loop(
+    model: nn.Module, epochs: int, steps_per_epoch: int, counts_steps: bool = True, **options: Any
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Train `model` without a trainer; return `averages_of` the run, and the weights after every step.
+
+    The `SWA` counts epochs by their steps, or (``counts_steps=False``) when they end.
+    """
+    optimizer = sgd(model)
+    length: dict[str, Any] = {"steps_per_epoch": steps_per_epoch} if counts_steps else {}
+    swa = SWA(model, optimizer, max_duration=f"{epochs}ep", **length, **options)
+    weights = []
+    for _ in range(epochs):
+        for batch in loader(steps_per_epoch, True):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+            swa.step()
+            weights.append(read(model))
+        if not counts_steps:
+            swa.end_epoch()
+    return averages_of(swa), weights
+
+
+def mean_of(models: Sequence[Mapping[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
+    """Return the equal average of `models`, with `prefix` before each name."""
+    return {prefix + name: torch.stack([one[name].double() for one in models]).mean(0).float() for name in models[0]}
+
+
+def statistics_of(model: Mapping[str, Tensor], given: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of what the BatchNorm layer of `network` gets for the input `given`."""
+    seen = given.double() @ model["0.weight"].double().T + model["0.bias"].double()
+    return seen.mean(0).float(), seen.var(0).float()
+
+
 def averages_of(swa: SWA | None) -> dict[str, Tensor]:
-    """Return all averages of a run on ranks, whole, on every rank, as those of `network`."""
+    """Return the full averages of a run, on every rank, as ``average name.parameter name of network``."""
     assert swa is not None
     whole: dict[str, Tensor] = {}
     for name in swa.average.names:

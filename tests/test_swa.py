@@ -162,7 +162,7 @@ def test_nothing_averaged_warns_once_and_changes_nothing() -> None:
     swa = SWA(model, max_duration="20ba", swa_start="0.9dur", swa_end=None, update_interval="1ba")
     run(swa, model, 5)
     with pytest.warns(
-        UserWarning, match=r"averaged: swa_start=0.9dur was not reached in 5 steps; the model keeps"
+        UserWarning, match=r"averaged in 5 steps: swa_start=0.9dur was not reached; the model keeps"
     ) as warned:
         swa.finalize()
     assert len(warned) == 1
@@ -177,7 +177,7 @@ def test_finalize_warns_where_nobody_counted_epochs(options: dict[str, Any]) -> 
     model = linear()
     swa = SWA(model, **options)
     run(swa, model, 5)
-    with pytest.warns(UserWarning, match=r"averaged: no epoch ended in 5 steps, .* no end_epoch call; the model"):
+    with pytest.warns(UserWarning, match=r"averaged in 5 steps: no epoch has ended, .* no end_epoch call; the model"):
         swa.finalize()
     assert model.weight.eq(5).all()
 

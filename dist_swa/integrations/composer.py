@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,43 +15,38 @@ try:
 except ImportError as error:
     raise ImportError(
         f"dist_swa.integrations.composer needs Composer, got {error}; pip install --no-deps mosaicml==0.32.1, and what"
-        " that imports: it asks for an older torch"
+        " it imports (its own requirements pin an older torch)"
     ) from error
 
-_KEY = "dist_swa"  # of the average in the state of this algorithm
-_EVENTS = (
-    Event.INIT,
-    Event.FIT_START,
-    Event.BATCH_END,
-    Event.EPOCH_END,
-    Event.EVAL_START,
-    Event.EVAL_END,
-    Event.FIT_END,
-)
+_KEY = "dist_swa"  # of the average in the state of the algorithm
 
 
 class SWA(Algorithm):  # type: ignore[misc]
-    """Averages the weights that a Trainer trains: ``Trainer(..., algorithms=[SWA(swa_start="1ep", swa_end="2ep")])``.
+    """Average the weights that a Trainer trains: ``Trainer(..., algorithms=[SWA(swa_start="1ep", swa_end="2ep")])``.
 
-    Arguments, defaults and the updates that follow from them are those of Composer's own SWA. Beyond it: times in any
-    unit, `swa_lr` as it was given, averages split over the ranks, and resumption on any number of them. At `swa_end`
-    the average goes into the model, and training goes on from it; where `swa_end` is None, or a part of a run that
-    stops early, the average is in the model after ``fit``. BatchNorm is recalibrated from the training dataloader
-    then: at the end of that epoch or of ``fit``. Any other `swa_end` may come in a further ``fit``; until then the
-    model keeps its trained weights, with a warning. The average is `swa`, from the start of ``fit`` on.
+    Arguments, defaults and updates are those of ``composer.algorithms.SWA``. In addition, times may have any unit,
+    `swa_lr` is used as given, the average is split over the ranks, and it resumes on any number of them. The `swa`
+    attribute is the `dist_swa.SWA`, from the start of ``fit`` on.
 
-    With `schedule_swa_lr`, the phase has the last word on the learning rate: it is set after Composer has stepped its
-    schedulers. `swa_lr` without it is ignored, with a warning.
+    At `swa_end` the model gets the averaged weights, and training continues from them. If `swa_end` is None, or a
+    fraction of a run that ends early, the model gets them at the end of ``fit``. BatchNorm statistics are recalibrated
+    on the training dataloader at the end of that epoch or of ``fit``. Any other `swa_end` may be reached in a further
+    ``fit``; until then the model keeps its trained weights, with a warning. It also keeps them, with a warning, if no
+    model was averaged, for example because no epoch has ended.
+
+    With `schedule_swa_lr`, the learning rate is set after Composer has stepped its schedulers. Without it, `swa_lr` is
+    ignored, with a warning.
 
     Args:
-        evaluate: the weights that evaluation sees between `swa_start` and `swa_end`: "averaged" (with the BatchNorm
-            statistics of the last update), or "trained", as with Composer's own.
-        finalize_options: of `recalibrate_batch_norm`, as ``{"max_batches": 100}``.
-        options: further ones of `dist_swa.SWA`, as `rule`.
+        evaluate: the weights that evaluation uses between `swa_start` and `swa_end`: "averaged" (with the BatchNorm
+            statistics of the last update) or "trained", as in ``composer.algorithms.SWA``.
+        finalize_options: options of `recalibrate_batch_norm`, for example ``{"max_batches": 100}``. Transforms of a
+            ``DataSpec`` are not applied to the batches; pass a ``forward`` that applies them.
+        options: further options of `dist_swa.SWA`, for example `rule`.
 
-    For one process and DDP. Raises RuntimeError for a second one in a Trainer, ValueError for FSDP and tensor
-    parallelism, and what `dist_swa.SWA` raises when ``fit`` starts. Checkpoints cost an all-gather of the average, and
-    its memory on the first rank.
+    Works with DDP or one process. Raises RuntimeError for a second one in a Trainer. When ``fit`` starts, raises
+    ValueError for FSDP and tensor parallelism, and what `dist_swa.SWA` raises. A checkpoint costs an all-gather of the
+    average, and its memory on the first rank.
     """
 
     def __init__(
@@ -88,27 +83,46 @@ class SWA(Algorithm):  # type: ignore[misc]
         self._is_recalibrated = False
         self._swap = ExitStack()
         self._saved: Mapping[str, Any] | None = None
+        self._handlers: dict[Event, Callable[[State], None]] = {
+            Event.INIT: self._init,
+            Event.FIT_START: self._fit_start,
+            Event.BATCH_END: self._batch_end,
+            Event.EPOCH_END: self._epoch_end,
+            Event.EVAL_START: self._eval_start,
+            Event.EVAL_END: self._eval_end,
+            Event.FIT_END: self._fit_end,
+        }
 
     def match(self, event: Event, state: State) -> bool:
-        return event in _EVENTS
+        return event in self._handlers
 
     def apply(self, event: Event, state: State, logger: Any) -> None:
-        if event == Event.INIT and (num_algorithms := sum(isinstance(one, SWA) for one in state.algorithms)) > 1:
+        self._handlers[event](state)
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = self._saved if self.swa is None else full_state_dict(self.swa)
+        return {**super().state_dict(), "is_recalibrated": self._is_recalibrated, _KEY: saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved = state.get(_KEY)  # loaded at FIT_START, after the model is wrapped
+        self._is_recalibrated = state.get("is_recalibrated", False)
+
+    def _init(self, state: State) -> None:
+        if (num_algorithms := sum(isinstance(one, SWA) for one in state.algorithms)) > 1:
             raise RuntimeError(
                 f"a Trainer needs one SWA of dist_swa, got {num_algorithms=}; pass several averages as rule={{...}} of"
                 " one"
             )
-        if event in (Event.FIT_START, Event.EVAL_END):
-            self._swap.close()  # at FIT_START: what an evaluation that raised has left
-        if event == Event.FIT_START:
-            if self.swa is None:
-                self.swa = self._attached(state)
-            else:
-                self.swa.schedule.reopen_if_not_over()  # the end of the last fit was not yet that of the averaging
-        if self.swa is not None:
-            self._follow(self.swa, event, state)
 
-    def _attached(self, state: State) -> dist_swa.SWA:
+    def _fit_start(self, state: State) -> None:
+        self._swap.close()  # after an evaluation that raised
+        if self.swa is None:
+            self.swa = self._attach(state)
+        else:
+            self.swa.schedule.reopen_if_not_over()  # the previous fit may have ended before swa_end
+        self._is_recalibrated = self._is_recalibrated and self.swa.completed
+
+    def _attach(self, state: State) -> dist_swa.SWA:
         if state.fsdp_config is not None or state.tp_config is not None:
             raise ValueError(
                 "SWA needs a model in DDP or one process, got parallelism_config for FSDP or tensor parallelism; leave"
@@ -125,39 +139,51 @@ class SWA(Algorithm):  # type: ignore[misc]
         self._saved = None
         return swa
 
-    def _follow(self, swa: dist_swa.SWA, event: Event, state: State) -> None:
-        if event == Event.BATCH_END:
-            now, before = state.timestamp, state.previous_timestamp
-            swa.step(samples=int(now.sample - before.sample), tokens=int(now.token - before.token))
-        elif event == Event.EPOCH_END:
-            swa.end_epoch()
-        elif event == Event.EVAL_START and self._evaluates_average and swa.started and not swa.completed:
+    def _batch_end(self, state: State) -> None:
+        now, before = state.timestamp, state.previous_timestamp
+        self._attached.step(samples=int(now.sample - before.sample), tokens=int(now.token - before.token))
+
+    def _epoch_end(self, state: State) -> None:
+        self._attached.end_epoch()
+        self._recalibrate_once(state)
+
+    def _eval_start(self, state: State) -> None:
+        swa = self.swa  # None in an evaluation before fit
+        if swa is not None and self._evaluates_average and swa.started and not swa.completed:
             self._swap.enter_context(swa.swapped_in())
-        if event == Event.FIT_END and not swa.completed and swa.schedule.end and swa.schedule.end.unit != "dur":
-            warnings.warn(
-                f"swa_end={swa.schedule.end} has not come in {swa.schedule.now.batches} steps: the model keeps its"
-                " trained weights, for a further fit; or call swa.finalize",
-                stacklevel=2,
-            )
-        elif event == Event.FIT_END and not swa.completed:
+
+    def _eval_end(self, state: State) -> None:
+        self._swap.close()
+
+    def _fit_end(self, state: State) -> None:
+        swa = self._attached
+        end = swa.schedule.end
+        if swa.completed:
+            self._recalibrate_once(state)
+        elif end is None or end.unit == "dur":
             with get_precision_context(state.precision, state.precision_config):
                 swa.finalize(_batches(state), **self._finalize_options)
-            self._is_recalibrated = True
-        elif event in (Event.EPOCH_END, Event.FIT_END) and swa.completed and not self._is_recalibrated:
+            self._is_recalibrated = swa.completed
+        else:
+            warnings.warn(
+                f"swa_end={end} has not come in {swa.schedule.now.batches} steps: the model keeps its trained weights,"
+                " for a further fit; or call swa.finalize",
+                stacklevel=2,
+            )
+
+    def _recalibrate_once(self, state: State) -> None:
+        if self._attached.completed and not self._is_recalibrated:
             with get_precision_context(state.precision, state.precision_config):
                 dist_swa.recalibrate_batch_norm(state.model, _batches(state), **self._finalize_options)
             self._is_recalibrated = True
 
-    def state_dict(self) -> dict[str, Any]:
-        saved = self._saved if self.swa is None else full_state_dict(self.swa)
-        return {**super().state_dict(), "is_recalibrated": self._is_recalibrated, _KEY: saved}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved = state.get(_KEY)  # the average is built later, when the model is wrapped
-        self._is_recalibrated = state.get("is_recalibrated", False)
+    @property
+    def _attached(self) -> dist_swa.SWA:
+        assert self.swa is not None  # since FIT_START
+        return self.swa
 
 
 def _batches(state: State) -> Iterator[Any]:
-    """Yield the training batches as the model gets them."""
+    """Yield the training batches on the device."""
     for batch in state.train_dataloader:
         yield state.device.batch_to_device(batch)

@@ -1,4 +1,4 @@
-"""An average inside a checkpoint that is one file: whole tensors, which the first rank writes and every rank reads."""
+"""The state of an `SWA` with full tensors on the first rank, for checkpoints that are one file."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_swa import SWA
 
+# torch.distributed.checkpoint.state_dict gathers and distributes models and optimizers only, not nested state dicts.
+
 
 def full_state_dict(swa: SWA) -> dict[str, Any]:
-    """Return the state with whole tensors on the CPU, copies, on the first rank, and an empty dict elsewhere.
+    """Return ``swa.state_dict()`` with full tensors, as copies on the CPU, on the first rank, and {} on the others.
 
-    A collective where the average is sharded. Memory: a whole parameter at a time, and all of it on the first rank.
+    Every rank calls it: a collective if the average is sharded. Memory: one full parameter at a time, and all of them
+    on the first rank.
     """
     is_first = not dist.is_initialized() or dist.get_rank() == 0
-    state = _gathered(swa.state_dict(), is_first)
+    state = _to_full(swa.state_dict(), is_first)
     return state if is_first else {}
 
 
 def load_full_state_dict(swa: SWA, saved: Mapping[str, Any]) -> None:
-    """Take over what `full_state_dict` returned on the first rank, in a run on any number of ranks.
+    """Load what `full_state_dict` returned on the first rank, on any number of ranks.
 
-    Every rank calls it, with the same state. Local, but under FSDP1. Raises what `SWA.load_state_dict` does.
+    Every rank calls it with the same `saved`: a collective under FSDP1, local otherwise. Raises what
+    `SWA.load_state_dict` raises.
     """
-    swa.load_state_dict(_laid_out(saved, swa.state_dict()))
+    swa.load_state_dict(_distribute(saved, swa.state_dict()))
 
 
-def _gathered(state: Mapping[str, Any], is_wanted: bool) -> dict[str, Any]:
-    gathered: dict[str, Any] = {}
+def _to_full(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    full: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
-            gathered[key] = _gathered(value, is_wanted)
+            full[key] = _to_full(value, keep)
         else:
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            gathered[key] = whole.to("cpu", copy=True) if is_wanted else None
-    return gathered
+            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            full[key] = tensor.to("cpu", copy=True) if keep else None
+    return full
 
 
-def _laid_out(saved: Any, mine: Any) -> Any:
+def _distribute(saved: Any, like: Any) -> Any:
+    """Return `saved` with the layout of `like`, as far as that has the same keys."""
     if isinstance(saved, Mapping):
-        return {key: _laid_out(value, mine.get(key, {})) for key, value in saved.items()}
-    if isinstance(mine, DTensor):
-        return distribute_tensor(saved, mine.device_mesh, mine.placements, src_data_rank=None)
+        return {key: _distribute(value, like.get(key, {})) for key, value in saved.items()}
+    if isinstance(like, DTensor):
+        return distribute_tensor(saved, like.device_mesh, like.placements, src_data_rank=None)
     return saved
