@@ -171,8 +171,8 @@ class SWA:
         """
         if self.num_averaged == 0:
             warnings.warn(
-                f"no model was averaged in {self.schedule.now.batches} steps: {self.schedule.why_no_update()}; the model"
-                " keeps its trained weights",
+                f"no model was averaged in {self.schedule.now.batches} steps: {self.schedule.why_no_update()}; the"
+                " model keeps its trained weights",
                 stacklevel=2,
             )
             return

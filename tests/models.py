@@ -21,6 +21,11 @@ FSDP1_STRATEGIES = {
     "fsdp1 whole": ShardingStrategy.NO_SHARD,
 }
 WRAPPERS = ("plain", "group", "ddp", "fsdp1", "fsdp1 flat", "fsdp2", "hsdp", "tp", "fsdp2+tp")
+ALL_WRAPPERS = (*WRAPPERS, "fsdp1 grad", "fsdp1 hybrid", "fsdp1 whole")
+
+
+class Stop(Exception):
+    """Raised on purpose, inside a forward or inside `swapped_in`."""
 
 
 class Net(nn.Module):
@@ -62,6 +67,8 @@ def build(seed: int = 0) -> Net:
 def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     """Put `wrapper` around a `Net` on all ranks; a "group" model is plain, and averaged with a process group."""
     ranks = dist.get_world_size()
+    # Two in the inner axis if that divides the ranks: 4 -> (2, 2), 2 -> (1, 2), 3 -> (3, 1).
+    inner = 2 if ranks % 2 == 0 else 1
     if wrapper == "ddp":
         return DistributedDataParallel(model)
     if wrapper in ("plain", "group"):
@@ -71,13 +78,11 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
         options: dict[str, Any] = {"use_orig_params": wrapper != "fsdp1 flat", "device_id": torch.device("cpu")}
         options["sharding_strategy"] = FSDP1_STRATEGIES[wrapper]
         if wrapper == "fsdp1 hybrid":
-            options["device_mesh"] = init_device_mesh("cpu", (max(ranks // 2, 1), min(ranks, 2)))
+            options["device_mesh"] = init_device_mesh("cpu", (ranks // inner, inner))
         options["ignored_states"] = frozen if wrapper == "fsdp1 flat" else []
         if isinstance(model, Net):
             model.up = FullyShardedDataParallel(model.up, **options)  # type: ignore[assignment]
         return FullyShardedDataParallel(model, **options)
-    # Two in the inner axis where that divides the ranks: 4 -> (2, 2), 2 -> (1, 2), 3 -> (3, 1).
-    inner = 2 if ranks % 2 == 0 else 1
     mesh = init_device_mesh("cpu", (ranks // inner, inner), mesh_dim_names=("outer", "inner"))
     if wrapper == "hsdp":
         fully_shard(model, mesh=mesh)
@@ -90,12 +95,6 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
         parts = [fully_shard(model.up)] if isinstance(model, Net) else []
         fully_shard(model).set_modules_to_forward_prefetch(parts)  # so that gathers are in flight
     return model
-
-
-def every_wrapper() -> list[str]:
-    """Return `WRAPPERS` and FSDP1's other strategies, as far as this number of ranks takes them."""
-    others = [name for name in FSDP1_STRATEGIES if name not in WRAPPERS]
-    return [*WRAPPERS, *(name for name in others if name != "fsdp1 hybrid" or dist.get_world_size() % 2 == 0)]
 
 
 def group_of(wrapper: str) -> dist.ProcessGroup | None:
@@ -128,6 +127,11 @@ def clean(name: str) -> str:
     """Return the name that a parameter has in the unwrapped model."""
     inner = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
     return ".".join(part for part in name.split(".") if part not in inner)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies on this rank."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @torch.no_grad()

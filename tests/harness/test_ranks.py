@@ -1,12 +1,15 @@
 """The harness in `ranks.py` passes on what ranks return, and a rank that ends badly fails the test."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -66,8 +69,8 @@ def test_a_collective_reaches_every_rank() -> None:
 # The decorator
 
 
-@on_ranks(1, 2)
 @pytest.mark.parametrize("word", ["one", "two"])
+@on_ranks(1, 2)
 def test_the_decorator_passes_fixtures_and_parameters(tmp_path: Path, word: str) -> None:
     assert word in ("one", "two")
     (tmp_path / f"{word} {dist.get_rank()}").touch()
@@ -75,25 +78,154 @@ def test_the_decorator_passes_fixtures_and_parameters(tmp_path: Path, word: str)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{word} {r}" for r in range(dist.get_world_size())]
 
 
+@pytest.mark.parametrize("draw", [1, 2])
+@on_ranks(2)
+def test_every_case_starts_with_the_same_random_state(draw: int) -> None:
+    assert torch.equal(torch.rand(draw), torch.rand(draw, generator=torch.Generator().manual_seed(0)))
+
+
+CASES = """
+import multiprocessing, os, threading, time, warnings
+from pathlib import Path
+import pytest
+import torch, torch.distributed as dist
+from ranks import on_ranks
+
+multiprocessing.set_forkserver_preload(["pytest", "torch.distributed"])  # all that is needed here
+
+def note(case):
+    name = f"{case} on {dist.get_rank()} of {dist.get_world_size()}"
+    with open(Path(__file__).parent / "log", "a") as log:
+        log.write(f"{name}={os.getpid()}\\n")
+
+@pytest.mark.parametrize("case", ["passes", "fails", "second", "skips", "third", "hangs", "dies", "skips everywhere",
+                                  "fourth"])
+@on_ranks(2, timeout_s=3)
+def test_case(case):
+    note(case)
+    if case == "skips everywhere":
+        pytest.skip("nowhere")
+    if dist.get_rank() == 1:
+        if case == "fails":
+            raise ValueError("no good")
+        if case == "skips":
+            pytest.skip("not here")
+        if case == "hangs":
+            time.sleep(60)
+        if case == "dies":
+            os._exit(3)
+    dist.all_reduce(torch.ones(1))
+
+@pytest.mark.parametrize("case", ["a", "b"])
 @on_ranks(1, 2)
-def _writes_then_fails_on_the_last_rank(folder: Path) -> None:
-    (folder / f"{dist.get_rank()} of {dist.get_world_size()}").touch()
-    dist.barrier()
-    assert dist.get_rank() + 1 < dist.get_world_size(), "the last rank"
+def test_world_size(case):
+    note(case)
+
+@pytest.mark.parametrize("case", ["early", "late"])
+@on_ranks(1)
+def test_end(case):
+    threading.Thread(target=lambda: (threading.main_thread().join(), os._exit(3))).start()
+
+@pytest.mark.parametrize("case", ["changed", "unchanged"])
+@on_ranks(1)
+def test_warnings(case):
+    if case == "changed":
+        warnings.simplefilter("ignore")
+    warnings.warn("mind the step")
+
+@pytest.fixture
+def stop(case):
+    if case == "late":
+        pytest.exit("stopped")
+
+@pytest.mark.parametrize("case", ["early", "late"])
+@on_ranks(1)
+def test_stop(case, stop):
+    note(case)
+"""
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_decorator_runs_the_body_on_every_rank_and_fails_with_it(tmp_path: Path, world_size: int) -> None:
-    expected = rf"^rank {world_size - 1} of {world_size} failed:(\n.*)+the last rank"
-    with pytest.raises(AssertionError, match=expected):
-        _writes_then_fails_on_the_last_rank(tmp_path, ranks=world_size)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{r} of {world_size}" for r in range(world_size)]
+class Run(NamedTuple):
+    outcomes: dict[str, str]
+    output: str
+    process_ids: dict[str, str]
 
 
-def test_the_decorator_asks_pytest_for_each_world_size() -> None:
-    (mark,) = vars(_writes_then_fails_on_the_last_rank)["pytestmark"]
-    assert mark.args == ("ranks", (1, 2))
-    assert mark.kwargs == {"ids": ["1 rank", "2 ranks"]}
+def _run_pytest(folder: Path, *arguments: str) -> Run:
+    """Run `CASES` in a pytest of its own; return the outcome of each id, and which process ran which case."""
+    (folder / "test_cases.py").write_text(CASES)
+    (folder / "pytest.ini").write_text("[pytest]")
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "ranks", *arguments]
+    result = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": tests}, capture_output=True, text=True, timeout=100
+    )
+    found = re.findall(r"^test_cases.py::(.*\]) (PASSED|FAILED|SKIPPED|ERROR)", result.stdout, re.MULTILINE)
+    lines = (folder / "log").read_text().splitlines()
+    process_ids = dict(line.split("=") for line in lines)
+    assert len(process_ids) == len(lines), "a case ran twice"
+    return Run(dict(found), result.stdout + result.stderr, process_ids)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run_pytest(tmp_path_factory.mktemp("cases"), "-k", "not stop")
+
+
+OUTCOMES = {
+    "passes": ("PASSED", ""),
+    "fails": ("FAILED", "rank 1 of 2 failed:"),
+    "second": ("PASSED", ""),
+    "skips": ("SKIPPED", "not here"),
+    "third": ("PASSED", ""),
+    "hangs": ("FAILED", "rank 1 of 2 hung for 3 s:"),
+    "dies": ("FAILED", "rank 1 of 2 died: exit code 3"),
+    "skips everywhere": ("SKIPPED", "nowhere"),
+    "fourth": ("PASSED", ""),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_each_id_has_its_own_outcome(run: Run, case: str) -> None:
+    outcome, message = OUTCOMES[case]
+    assert run.outcomes[f"test_case[2 ranks-{case}]"] == outcome
+    heading = f" test_case[2 ranks-{case}] "
+    if outcome == "FAILED":
+        assert message in run.output.partition(heading)[2].partition("\n____")[0]
+    else:
+        assert message in run.output
+        assert heading not in run.output.replace("test_cases.py::", "")
+
+
+def test_ids_of_one_function_share_a_launch_until_one_leaves_a_rank_behind(run: Run) -> None:
+    launches = [["passes", "fails"], ["second", "skips"], ["third", "hangs"], ["dies"], ["skips everywhere", "fourth"]]
+    for rank in (0, 1):
+        ids = [{run.process_ids[f"{case} on {rank} of 2"] for case in cases} for cases in launches]
+        assert [len(each) for each in ids] == [1] * len(launches)
+        assert len(set.union(*ids)) == len(launches)
+
+
+def test_each_world_size_has_a_launch(run: Run) -> None:
+    ids = {name: run.process_ids[f"{name}"] for name in ("a on 0 of 1", "b on 0 of 1", "a on 0 of 2", "b on 0 of 2")}
+    assert ids["a on 0 of 1"] == ids["b on 0 of 1"] != ids["a on 0 of 2"] == ids["b on 0 of 2"]
+
+
+def test_a_launch_that_ends_badly_is_an_error_of_its_last_id(run: Run) -> None:
+    assert run.outcomes["test_end[1 rank-early]"] == "PASSED"
+    assert run.outcomes["test_end[1 rank-late]"] == "ERROR"
+    assert "rank 0 of 1 died after it returned: exit code 3" in run.output
+
+
+def test_a_case_does_not_change_the_warnings_of_the_next(run: Run) -> None:
+    assert run.outcomes["test_warnings[1 rank-changed]"] == "PASSED"
+    assert run.outcomes["test_warnings[1 rank-unchanged]"] == "FAILED"
+
+
+def test_a_session_that_is_stopped_between_two_ids_ends_their_launch(tmp_path: Path) -> None:
+    found = _run_pytest(tmp_path, "-k", "stop")
+    assert found.outcomes == {"test_stop[1 rank-early]": "PASSED"}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(found.process_ids["early on 0 of 1"]), 0)
 
 
 # Failures
@@ -232,7 +364,7 @@ def test_a_hung_rank_comes_before_those_that_have_returned() -> None:
     run_on_ranks(os.getpid, 1)
     message = _message(_receive_in_vain_on_rank_1, 2, timeout_s=3)
     assert message.startswith("rank 1 of 2 hung for 3 s:\n")
-    assert "\nrank 0 of 2 hung after it returned for 3 s:\n" in message
+    assert message.splitlines()[-1] == "rank 0 of 2 returned"
 
 
 def _never_end_on_rank_0() -> None:

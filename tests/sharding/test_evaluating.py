@@ -1,5 +1,6 @@
-"""Looks that leave something behind in FSDP1, FSDP2 or DDP: the training goes on as if nobody had looked."""
+"""Evaluations that leave FSDP1, FSDP2 or DDP in an unusual state: the training after them has the same bits."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa import ShardedAverage, Window
-from ranks import on_ranks, run_on_ranks
+from models import Stop, local_tensor
+from ranks import on_ranks
 
 DATA = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
-
-
-class Stop(Exception):
-    """Raised by a look."""
 
 
 class FailingBackward(torch.autograd.Function):
@@ -34,7 +32,7 @@ class FailingBackward(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Leaves its head out in evaluation; raises where it was told to."""
+    """Skips its head in evaluation; raises in the forward or the backward if `fails` says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +76,7 @@ def fsdp2() -> nn.Module:
 
 def fsdp2_in_groups() -> nn.Module:
     net = Net()
-    fully_shard([net.norm, net.head], reshard_after_forward=False)  # as torchtitan does
+    fully_shard([net.norm, net.head], reshard_after_forward=False)  # like torchtitan
     fully_shard(net)
     return net
 
@@ -113,10 +111,10 @@ def fail_in_a_backward(model: nn.Module) -> None:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = {
-    "FSDP1, a gather that is not used": (lambda: fsdp1(forward_prefetch=True), evaluate),
+    "FSDP1, an all-gather that is not used": (lambda: fsdp1(forward_prefetch=True), evaluate),
     "FSDP1, a forward that raises in bfloat16": (fsdp1_unsharded_bf16, fail_in_a_forward),
-    "FSDP2, a gather that is not used": (fsdp2, evaluate),
-    "FSDP2, a forward that raises before a gather is used": (fsdp2, fail_in_a_forward),
+    "FSDP2, an all-gather that is not used": (fsdp2, evaluate),
+    "FSDP2, a forward that raises before an all-gather is used": (fsdp2, fail_in_a_forward),
     "FSDP2, a backward that raises": (fsdp2, fail_in_a_backward),
     "FSDP2, a part of a group": (fsdp2_in_groups, evaluate_the_norm),
     "FSDP2, a backward of groups that raises": (fsdp2_in_groups, fail_in_a_backward),
@@ -124,9 +122,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = 
 }
 
 
-def bits_of_a_run(case: str, is_looking: bool) -> list[Tensor]:
-    """Return losses, weights and the average of a training that looks after every step, or never."""
-    build, look = CASES[case]
+def bits_of_a_run(case: str, evaluates: bool) -> list[Tensor]:
+    """Return losses, weights and the average of a training run, with an evaluation after every step, or without."""
+    build, evaluation = CASES[case]
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -139,32 +137,23 @@ def bits_of_a_run(case: str, is_looking: bool) -> list[Tensor]:
         optimizer.step()
         average.update()
         losses.append(loss.detach())
-        if is_looking:
-            try:
-                with average.swapped_in():
-                    look(model)
-            except Stop:
-                net_in(model).fails = ""
+        if evaluates:
+            with contextlib.suppress(Stop), average.swapped_in():
+                evaluation(model)
+            net_in(model).fails = ""
     averages = average.state_dict()["slots"]["0"].values()
-    return [*losses, *(local(tensor).clone() for tensor in (*averages, *model.parameters(), *model.buffers()))]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return [*losses, *(local_tensor(tensor).clone() for tensor in (*averages, *model.parameters(), *model.buffers()))]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_goes_on_as_if_nobody_had_looked(case: str) -> None:
-    run_on_ranks(compare, 2, case)
-
-
-def compare(case: str) -> None:
-    looked, never_looked = bits_of_a_run(case, True), bits_of_a_run(case, False)
-    assert all(torch.equal(*pair) for pair in zip(looked, never_looked, strict=True))
+@on_ranks(2)
+def test_training_after_an_evaluation_has_the_same_bits(case: str) -> None:
+    found, expected = bits_of_a_run(case, evaluates=True), bits_of_a_run(case, evaluates=False)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def assigning_step(model: nn.Module) -> None:
-    """Step as optimizers do that give parameters new storage; FSDP1 takes it over in the next forward."""
+    """Step like an optimizer that gives parameters new storage; FSDP1 copies it in the next forward."""
     model(DATA).square().mean().backward()
     for parameter in model.parameters():
         if parameter.grad is not None and parameter.grad.shape == parameter.shape:
@@ -172,25 +161,28 @@ def assigning_step(model: nn.Module) -> None:
             parameter.grad = None
 
 
+def weights_after_assigning_steps(strategy: ShardingStrategy, is_averaged: bool) -> Tensor:
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(
+        nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True, sharding_strategy=strategy
+    )
+    average = ShardedAverage(model, Window(1)) if is_averaged else None
+    for _ in range(3):
+        assigning_step(model)
+        if average:
+            average.update()
+    averaged = average.full_state_dict() if average else {}
+    with FullyShardedDataParallel.summon_full_params(model):
+        weight = next(model.parameters()).detach().clone()
+    assert not averaged or torch.equal(averaged["weight"], weight)
+    return weight
+
+
+@pytest.mark.parametrize("strategy", [ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD])
 @on_ranks(2)
-def test_fsdp1_keeps_weights_that_were_assigned() -> None:
-    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
-        weights = []
-        for is_averaged in (True, False):
-            torch.manual_seed(0)
-            model = FullyShardedDataParallel(
-                nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=True, sharding_strategy=strategy
-            )
-            average = ShardedAverage(model, Window(1)) if is_averaged else None
-            for _ in range(3):
-                assigning_step(model)
-                if average:
-                    average.update()
-            averaged = average.full_state_dict() if average else {}
-            with FullyShardedDataParallel.summon_full_params(model):
-                weights.append(next(model.parameters()).detach().clone())
-            assert not averaged or torch.equal(averaged["weight"], weights[-1]), strategy
-        assert torch.equal(*weights), strategy
+def test_fsdp1_keeps_weights_that_were_assigned(strategy: ShardingStrategy) -> None:
+    expected = weights_after_assigning_steps(strategy, is_averaged=False)
+    assert torch.equal(weights_after_assigning_steps(strategy, is_averaged=True), expected)
 
 
 @on_ranks(2)
@@ -207,7 +199,7 @@ def test_updates_do_not_fill_the_queue_of_fsdp1s_rate_limiter() -> None:
 
 
 class Shared(nn.Module):
-    """One layer in two places, as the embeddings of an encoder and a decoder."""
+    """One layer under two names, such as the shared embeddings of an encoder and a decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +225,7 @@ def test_a_module_that_fsdp1_wraps_once_has_all_its_names() -> None:
 
 
 @on_ranks(2)
-def test_the_next_forward_does_not_wait_for_an_event_before_the_look() -> None:
+def test_the_next_forward_does_not_wait_for_an_event_from_before_swapped_in() -> None:
     model = nn.Linear(4, 4)
     sharded = fully_shard(model)
     average = ShardedAverage(model)
@@ -245,7 +237,7 @@ def test_the_next_forward_does_not_wait_for_an_event_before_the_look() -> None:
 
 
 @on_ranks(2)
-def test_an_update_leaves_a_gather_that_is_under_way() -> None:
+def test_an_update_leaves_an_unfinished_all_gather_alone() -> None:
     model = nn.Linear(4, 4)
     sharded = fully_shard(model)
     average = ShardedAverage(model)
@@ -257,13 +249,13 @@ def test_an_update_leaves_a_gather_that_is_under_way() -> None:
     assert not isinstance(model.weight, DTensor)
 
 
+@pytest.mark.parametrize("build_model", [fsdp1, fsdp2])
 @on_ranks(2)
-def test_an_update_inside_a_backward_is_refused() -> None:
-    for build_model in (fsdp1, fsdp2):
-        model = build_model()
-        average = ShardedAverage(model)
-        out = model(DATA)
-        out.register_hook(lambda _, average=average: average.update())
-        with pytest.raises(RuntimeError, match="needs its backward to have ended, got a call inside of it; call it"):
-            out.sum().backward()
-        average.update()
+def test_an_update_inside_a_backward_raises(build_model: Callable[[], nn.Module]) -> None:
+    model = build_model()
+    average = ShardedAverage(model)
+    out = model(DATA)
+    out.register_hook(lambda _: average.update())
+    with pytest.raises(RuntimeError, match="needs its backward to have ended, got a call inside of it; call it"):
+        out.sum().backward()
+    average.update()
