@@ -156,9 +156,10 @@ class Schedule:
         self.first_update, self.last_update = _update_at(state["first_update"]), _update_at(state["last_update"])
         self.completed = bool(state["completed"][0])
 
-    def reopen_if_not_over(self) -> None:
-        """Clear `completed` if `end` is later than now: a resumed run may have a later end."""
-        self.completed = self.completed and self._is_over()
+    def reopen_if_not_over(self) -> bool:
+        """Clear `completed` if `end` is later than now: a resumed run may have a later end. True if it was cleared."""
+        was_completed, self.completed = self.completed, self.completed and self._is_over()
+        return was_completed and not self.completed
 
     @property
     def started(self) -> bool:

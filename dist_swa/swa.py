@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -16,12 +16,10 @@ from dist_swa.averaging.average import ShardedAverage
 from dist_swa.averaging.averages import checked_name, named_rules
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.averaging.state import check_keys
-from dist_swa.batch_norm.layers import batch_norm_layers
-from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
+from dist_swa.batch_norm.frozen import FrozenLayers
 from dist_swa.lr_phase import LRPhase
 from dist_swa.schedule import Decision, Progress, Schedule
 from dist_swa.sharding.fqn import NamePattern
-from dist_swa.sharding.wrappers import unwrap
 
 
 class SWA:
@@ -45,14 +43,14 @@ class SWA:
         update_interval: from one update to the next.
         schedule_swa_lr: whether the learning rate is set from `swa_start` on: to `swa_lr`, in `anneal_steps` updates
             along `anneal_strategy` ("linear" or "cosine"); with ``swa_lr=None`` it stays at the rate of `swa_start`.
-        rule, parameters, dtype, device, buffers, process_group: as for `ShardedAverage`, also for their memory.
+        rule, parameters, dtype, device, buffers, process_group: see `ShardedAverage`, also for the memory.
         transfer: the name of the average that goes into the model, where `rule` has several.
         skip_nonfinite: whether an update is skipped, on all ranks, while any rank's shard has NaN or inf. The update
             stays due at the next step. The first skip warns, and `num_skipped` counts them. Each update then reads the
-            shards once more and makes one small all-reduce (two under HSDP, and under FSDP2 with tensor parallelism).
+            shards once more and makes a small all-reduce for each axis of the mesh.
 
-    Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is.
-    The method is that of arXiv:1803.05407, section 3.
+    Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is. The
+    method is that of arXiv:1803.05407, section 3.
     """
 
     def __init__(
@@ -101,9 +99,7 @@ class SWA:
         self.num_skipped = 0
         self._transferred = transfer
         self._skips_nonfinite = skip_nonfinite
-        self._model = model
-        self._batch_norms = batch_norm_layers(unwrap(model)[0])
-        self._frozen: set[str] = set()  # layers that were in evaluation mode at the last update in training mode
+        self._frozen = FrozenLayers(model)
 
     def __repr__(self) -> str:
         schedule = self.schedule
@@ -165,9 +161,9 @@ class SWA:
         last update in training mode keep their statistics. Memory: as `swapped_in`.
 
         With nothing averaged it warns, with the reason, and the model keeps its trained weights. It also warns where
-        the schedule reads epochs that nobody counted. Raises ValueError for
-        a model with BatchNorm without `batches` (with ``buffers="average"`` it then keeps the averaged statistics), and
-        what `recalibrate_batch_norm` raises. Nothing has changed after an error.
+        the schedule reads epochs that nobody counted. Raises ValueError for a model with BatchNorm without `batches`
+        (with ``buffers="average"`` it then keeps the averaged statistics), and what `recalibrate_batch_norm` raises.
+        Nothing has changed after an error.
         """
         if self.num_averaged == 0:
             warnings.warn(
@@ -182,29 +178,21 @@ class SWA:
                 " end_epoch after each epoch",
                 stacklevel=2,
             )
-        skip = options.pop("skip", None)
-        options["skip"] = [self._frozen.__contains__, *([] if skip is None else [skip])]
         with self.swapped_in():  # the statistics become the average's, and nothing has changed if this fails
             if batches is not None or not self.average.averages_buffers:
-                recalibrate_batch_norm(self._model, _NoBatches() if batches is None else batches, **options)
+                self._frozen.recalibrate(batches, **options)
         self.average.transfer(self._transferred)
         self.schedule.completed = True
 
     def reset(self, *, batches: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
-        """Forget the average, and set the position in the run. Local; call it on every rank. Frees no memory.
-
-        Raises RuntimeError inside `swapped_in`.
-        """
+        """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`."""
         self.average.reset()
         self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
-        self._lr_phase.start_lrs = []
-        self.num_skipped, self._frozen = 0, set()
+        self._lr_phase.start_lrs, self._frozen.names = [], set()
+        self.num_skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, the position in the schedule, the rates at `swa_start` and frozen layers. Local.
-
-        Raises RuntimeError inside `swapped_in`.
-        """
+        """Return the average and the position in the schedule. Local; RuntimeError inside `swapped_in`."""
         return {**self.average.state_dict(), "schedule": self._schedule_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -217,28 +205,21 @@ class SWA:
         schedule = {key: value.tolist() for key, value in state_dict["schedule"].items()}
         check_keys(schedule, self._schedule_state())
         start_lrs = self._lr_phase.checked(schedule.get("start_lrs", []))
-        frozen = schedule.get("frozen", [])
-        if len(frozen) != len(self._batch_norms):
-            raise ValueError(
-                f"load_state_dict needs the {len(frozen)} normalisation layers of the checkpoint, got"
-                f" num_layers={len(self._batch_norms)}; build the model as it was"
-            )
+        frozen = self._frozen.names_of(schedule.get("frozen", []))
         self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
         self.schedule.load_state_dict(schedule)
         self.num_skipped = schedule["num_skipped"]
         self._lr_phase.start_lrs = start_lrs if self.started else []
-        self._frozen = {name for name, is_frozen in zip(self._batch_norms, frozen, strict=True) if is_frozen}
-        if self.completed:
-            self.schedule.reopen_if_not_over()
-            if not self.completed and not self.schedule.started:
-                self.reset(**asdict(self.schedule.now))
+        self._frozen.names = frozen
+        if self.schedule.reopen_if_not_over() and not self.schedule.started:
+            self.reset(**asdict(self.schedule.now))
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
         """See `ShardedAverage.check_saved`; the schedule of any run fits."""
         self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:
-        """Call `count`, and do what the schedule decides. After an error nothing was counted."""
+        """Call `count`, and do what the schedule decides. After an error nothing is counted."""
         position = self.schedule.state_dict()
         try:
             self._lr_phase.check_groups()
@@ -247,8 +228,7 @@ class SWA:
                 decision = self._skip(decision, position)
             if decision.update:
                 self.average.update(decision.elapsed)
-                if unwrap(self._model)[0].training:
-                    self._frozen = {name for name, layer in self._batch_norms.items() if not layer.training}
+                self._frozen.refresh()
         except Exception:
             self.schedule.load_state_dict(position)
             raise
@@ -279,16 +259,6 @@ class SWA:
         state["num_skipped"] = torch.tensor(self.num_skipped)
         if lrs := self._lr_phase.saved_lrs():
             state["start_lrs"] = torch.tensor(lrs, dtype=torch.float64)
-        if self._batch_norms:
-            state["frozen"] = torch.tensor([name in self._frozen for name in self._batch_norms])
+        if frozen := self._frozen.saved():
+            state["frozen"] = torch.tensor(frozen)
         return state
-
-
-class _NoBatches:
-    """Raises when it is asked for a batch: `recalibrate_batch_norm` then raises on all ranks."""
-
-    def __iter__(self) -> Iterator[Any]:
-        raise ValueError(
-            "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
-            " average.transfer() to keep the statistics of the last update"
-        )

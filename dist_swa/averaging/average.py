@@ -42,9 +42,8 @@ class ShardedAverage:
 
     Memory per rank: the local shards in `dtype`, once for each average and slot of its rule (under DDP 1/world of it).
     A copy of the buffers for each average, and with "average" another one per slot in `dtype`. 1 MiB where `dtype` or
-    `device` is not that of the parameters.
-
-    Raises ValueError or TypeError, on every rank alike, for arguments and models that cannot be averaged.
+    `device` is not that of the parameters. Raises ValueError or TypeError, on every rank alike, for arguments and
+    models that cannot be averaged.
     """
 
     def __init__(
@@ -92,11 +91,10 @@ class ShardedAverage:
         """Average the model as it is now. Local, and reads and writes 12 bytes per local float32 parameter.
 
         `elapsed`: the training since the last update, for a rule with a half-life: a number in the unit of the rule, or
-        a mapping such as ``{"ba": 1, "tok": 4096}``.
-
-        Raises RuntimeError inside `swapped_in` and, for a sharded model, inside a backward. Raises ValueError where the
-        model has other parameters than the average. Nothing has changed then. Do not call it between the forward of
-        some modules of an FSDP2 group and their backward: it ends that pass.
+        a mapping such as ``{"ba": 1, "tok": 4096}``. Raises RuntimeError inside `swapped_in` and, for a sharded model,
+        inside a backward. Raises ValueError where the model has other parameters than the average. Nothing has changed
+        then. Do not call it between the forward of some modules of an FSDP2 group and their backward: it ends that
+        pass.
         """
         self.require_trained_weights("update")
         self._averages.update(elapsed)
@@ -113,7 +111,6 @@ class ShardedAverage:
         Every rank calls it. Entering is a collective under DDP. Leaving is local, also on an error. Buffers that are
         written inside, as by a recalibration, stay with the average. torch's random state, of the CPU and of the
         model's device, is restored as well. Memory: a copy of the trained weights of this rank, and of the buffers.
-
         Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the model
         has other parameters than the average.
         """
@@ -149,8 +146,7 @@ class ShardedAverage:
     def is_model_finite(self) -> bool:
         """Whether no rank's shard of the averaged parameters has NaN or inf. Returns the same on every rank.
 
-        For a sharded or replicated model a collective: one all-reduce of an integer for each axis of its meshes. Reads
-        the local shards once.
+        For a sharded or replicated model a collective: one all-reduce of an integer for each axis of its meshes.
         """
         return self._shards.is_finite()
 
@@ -188,9 +184,8 @@ class ShardedAverage:
         """Return the averages for torch.distributed.checkpoint, as tensors on their own storage. Local, without a copy.
 
         Call it on every rank, or let dcp.save and dcp.load call it. A parameter is a DTensor of its whole shape; the
-        other keys are listed in `dist_swa.checkpoint`. Under FSDP1 it makes copies, and this and `load_state_dict` make
-        one all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the state dict of the model would
-        have the averaged weights, too.
+        keys are listed in `dist_swa.checkpoint`. Under FSDP1 it makes copies, and this and `load_state_dict` make one
+        all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the model has the averaged weights.
         """
         self.require_trained_weights("state_dict")
         self._shards.refresh()
@@ -210,11 +205,7 @@ class ShardedAverage:
         self._averages.load_state_dict(state_dict)
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise what `load_state_dict` would raise for `saved`, an entry of a checkpoint, before it is read. Local.
-
-        `saved` maps keys such as "slots.0.weight" to values, which are read on access. `dist_swa.checkpoint.load` calls
-        it; an empty `saved` is followed by `reset`.
-        """
+        """Raise what `load_state_dict` would raise for `saved`, whose values are read on access. Local."""
         self.require_trained_weights("load")
         self._averages.check_saved(saved)
 
