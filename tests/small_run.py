@@ -86,3 +86,14 @@ def averages_of(swa: SWA | None) -> dict[str, Tensor]:
     first: list[Any] = [whole]
     dist.broadcast_object_list(first)
     return first[0]  # type: ignore[no-any-return]
+
+
+def full_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the full tensors of a model under any wrapper. A collective; the result is on every rank."""
+    swa = SWA(model, swa_start="0ba", swa_end=None, update_interval="1ba")
+    swa.step()
+    return swa.average.full_state_dict()
+
+
+def mean(models: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    return torch.stack([model[name].double() for model in models]).mean(0)

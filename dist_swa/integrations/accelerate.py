@@ -1,14 +1,14 @@
-"""Accelerate: an `SWA` that counts real optimizer steps, and travels in the checkpoints of an `Accelerator`."""
+"""Accelerate: an `SWA` that counts real optimizer steps and is part of an `Accelerator`'s checkpoints."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ except ModuleNotFoundError as error:
 from dist_swa import SWA, checkpoint
 
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-# By their names in its checkpoints. Weak, for an average refers to its accelerator, whose hooks keep it alive.
-_attached: WeakKeyDictionary[Accelerator, WeakValueDictionary[str, AcceleratedSWA]] = WeakKeyDictionary()
+# Weak: an average refers to its accelerator, and the hooks of the accelerator refer to the average.
+_attached: WeakSet[AcceleratedSWA] = WeakSet()
 
 
 class AcceleratedSWA(SWA):
@@ -37,26 +37,25 @@ class AcceleratedSWA(SWA):
         self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, name: str, **options: Any
     ) -> None:
         super().__init__(model, optimizer.optimizer, **options)
-        attached = _attached.setdefault(accelerator, WeakValueDictionary())
-        attached[name] = self
-        self._accelerator, self._prepared = accelerator, optimizer
-        self._steps: set[bool] = set()  # since the last `step`: was there one at a rate above 0 (True), at 0 (False)?
+        self.accelerator, self.prepared_optimizer, self.name = accelerator, optimizer, name
+        # Optimizer steps since the last call of `step`: True if one had a rate above 0, False if one had a rate of 0.
+        self._steps: set[bool] = set()
         self._samples = self._tokens = 0
-        self._undo: list[Callable[[], Any]] = [
-            optimizer.optimizer.register_step_post_hook(self._note_step).remove,
-            accelerator.register_save_state_pre_hook(
-                lambda models, weights, folder: self.save(Path(folder, name))
-            ).remove,
-            accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder, name))).remove,
-            lambda: attached.pop(name),
-        ]
+        self._attachments = ExitStack()
+        for hook in (
+            optimizer.optimizer.register_step_post_hook(self._note_step),
+            accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.save(Path(folder, name))),
+            accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder, name))),
+        ):
+            self._attachments.callback(hook.remove)
+        _attached.add(self)
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> bool:
         """Count the optimizer's step, if it made one since the last call. True if that updated the average.
 
-        Call it on every rank after ``optimizer.step()`` and ``scheduler.step()``, also where accumulation or a
-        gradient scaler may have skipped them. `samples` and `tokens` are those of `SWA.step`; what calls without a
-        step are given goes to the next one.
+        Call it on every rank after ``optimizer.step()`` and ``scheduler.step()``, also if gradient accumulation or a
+        gradient scaler may have skipped them. `samples` and `tokens` are those of `SWA.step`. If no optimizer step
+        was made, they are added to those of the next one.
         """
         samples = None if samples is None else self._samples + samples
         tokens = None if tokens is None else self._tokens + tokens
@@ -67,19 +66,19 @@ class AcceleratedSWA(SWA):
         self._steps.clear()
         return updated
 
-    def forget_idle_steps(self) -> None:
-        """Do not count steps at a rate of 0: DCP so steps an optimizer without a state, as SGD, when it saves it."""
+    def discard_zero_lr_steps(self) -> None:
+        """Ignore the lr=0 step that DCP makes to initialise optimizer state, as it does for SGD in each save."""
         self._steps.discard(False)
 
     def state_dict(self) -> dict[str, Any]:
-        self.forget_idle_steps()
+        self.discard_zero_lr_steps()
         return super().state_dict()
 
     @contextmanager
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
-        """`SWA.swapped_in`; a loader that is left early inside, as by ``max_batches``, does not displace the run's."""
-        state = self._accelerator.gradient_state
-        loaders = list(state.dataloader_references)
+        """`SWA.swapped_in`. A loader may be left early inside, as `max_batches` does, without effect on the run."""
+        state = self.accelerator.gradient_state
+        loaders = list(state.dataloader_references)  # only a loader that was read to its end removes itself
         try:
             with super().swapped_in(name):
                 yield
@@ -87,31 +86,31 @@ class AcceleratedSWA(SWA):
             state.dataloader_references = loaders
 
     def save(self, folder: Path) -> None:
-        """Save the average into `folder`, in place of what is there. A collective. Raises what checkpoint.save does."""
+        """Save the average into `folder`, and replace what is there. A collective. Raises what checkpoint.save does."""
         self.average.require_trained_weights("save")
-        if self._accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # what could not be removed makes all ranks raise
-        self._accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # if a file remains, checkpoint.save raises on all ranks
+        self.accelerator.wait_for_everyone()
         checkpoint.save({"swa": self}, folder)
 
     def load(self, folder: Path) -> bool:
-        """Load what `save` saved. A collective. Without `folder`: one warning, `reset`, and False."""
-        (is_there,) = broadcast_object_list([folder.exists()])
-        if is_there:
+        """Load what `save` saved. A collective. If `folder` is missing: one warning, `reset`, and False."""
+        (exists,) = broadcast_object_list([folder.exists()])
+        if exists:
             checkpoint.load({"swa": self}, folder)
         else:
             warnings.warn(f"{folder} is not there: averaging starts anew", stacklevel=2)
             self.reset()
         self._steps.clear()
-        return bool(is_there)
+        return bool(exists)
 
     def detach(self) -> None:
-        """Let go of optimizer and accelerator: no more steps are counted, nothing goes into their checkpoints."""
-        while self._undo:
-            self._undo.pop()()
+        """Remove all hooks: no more steps are counted, and checkpoints of the accelerator do not have the average."""
+        self._attachments.close()
+        _attached.discard(self)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # with it a fused optimizer is called, and does nothing
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer is called on overflow, and does nothing
         if found_inf is None or not found_inf.item():
             self._steps.add(any(group.get("lr", 1) for group in optimizer.param_groups))
 
@@ -123,23 +122,22 @@ def prepare_swa(
     *,
     num_processes: int | None = None,
     name: str = "dist_swa",
-    swa_end: str | None = None,
-    update_interval: str = "1ba",
     **options: Any,
 ) -> AcceleratedSWA:
     """Return an `SWA` of `model` that the accelerator's ``save_state`` and ``load_state`` save and load, too.
 
-    Call it on every rank, with what ``accelerator.prepare`` returned: under DDP, FSDP1, FSDP2, or in one process.
+    Call it on every rank with the objects that ``accelerator.prepare`` returned, under DDP, FSDP1, FSDP2 or in one
+    process.
 
     Args:
-        num_processes: how many the launch is meant to run; some launches silently run one.
-        name: of the average's folder in a checkpoint, where an accelerator has several. A checkpoint without that
-            folder gives one warning, and averaging starts anew, as at the run's first step.
-        swa_end, update_interval, options: those of `SWA`; by default every step from `swa_start` to the end counts.
+        num_processes: how many processes the launch is meant to run. Some launches silently run one.
+        name: the folder of the average in each checkpoint. Several averages of an accelerator need different names.
+            If a checkpoint does not have the folder, one warning says so, and averaging starts anew from step 0.
+        options: arguments of `SWA`.
 
     Memory, and when it is a collective: as `SWA`. Raises ValueError for a model or optimizer that was not prepared,
-    for DeepSpeed, Megatron-LM and XLA, and for another number of processes than `num_processes`; RuntimeError where
-    the accelerator has an average of that name already.
+    for DeepSpeed, Megatron-LM and XLA, and for another number of processes than `num_processes`; RuntimeError if the
+    accelerator already has an average of that name.
     """
     kind = accelerator.distributed_type
     if kind in _UNSUPPORTED or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -153,6 +151,7 @@ def prepare_swa(
             f"prepare_swa needs num_processes={num_processes}, got {accelerator.num_processes} of them, with"
             f" distributed_type={kind.value}; see launch/accelerate for launches that run them all"
         )
+    # Private, because accelerate has no public call that tells whether a model was prepared.
     if not getattr(model, "_is_accelerate_prepared", False) or not isinstance(optimizer, AcceleratedOptimizer):
         raise ValueError(
             f"prepare_swa needs what accelerator.prepare returned, got a {type(model).__name__} and a"
@@ -160,11 +159,10 @@ def prepare_swa(
         )
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
-    for swa in list(_attached.get(accelerator, {}).values()):
-        if not any(swa._prepared is one for one in accelerator._optimizers):
-            swa.detach()  # accelerator.free_memory has let go of what it averages
-    if name in _attached.get(accelerator, ()):
-        raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
-    return AcceleratedSWA(
-        accelerator, model, optimizer, name, swa_end=swa_end, update_interval=update_interval, **options
-    )
+    for swa in [one for one in _attached if one.accelerator is accelerator]:
+        # Private, because free_memory() calls no hook: it only clears this list.
+        if not any(swa.prepared_optimizer is one for one in accelerator._optimizers):
+            swa.detach()
+        elif swa.name == name:
+            raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
+    return AcceleratedSWA(accelerator, model, optimizer, name, **options)

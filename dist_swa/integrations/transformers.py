@@ -1,14 +1,16 @@
-"""Hugging Face Trainer: a callback that averages, evaluates the average, and leaves it in the model."""
+"""Hugging Face Trainer: average the weights during training, evaluate the average, and end with it in the model."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dist_swa.integrations.transformers needs transformers, got no {error.name}; pip install"
@@ -19,156 +21,197 @@ except ModuleNotFoundError as error:
 from dist_swa import recalibrate_batch_norm
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 
-_CHOICES = ("averaged", "trained", "both")
+_EVALUATE = ("averaged", "trained", "both")
+_FOLDER = "dist_swa"  # in each checkpoint
 
 
-class SWACallback(TrainerCallback):
-    """Averages the weights that a `Trainer` trains, under DDP, FSDP2 or none, and ends with the average.
+class SWAMixin(Trainer):
+    """A `Trainer` that averages the weights it trains: ``class MyTrainer(SWAMixin, Trainer)``.
 
-    Every optimizer step counts; the Trainer tells how long the run and an epoch are. A checkpoint has the average in
-    ``checkpoint-N/dist_swa``, and ``train(resume_from_checkpoint=...)`` goes on with it, on any number of ranks (one
-    warning where it is not there). After the last step the average goes into the model, its BatchNorm statistics
-    recalibrated on the training data, so that ``save_model`` saves it. `swa` is the `SWA`, from then on, too.
+    It runs in one process, under DDP and under FSDP2. By default every optimizer step from `swa_start` on is averaged;
+    the Trainer gives the length of the run and of an epoch. Each checkpoint contains the average, in
+    ``checkpoint-N/dist_swa``, and ``train(resume_from_checkpoint=...)`` loads it on any number of ranks. If it is
+    missing, one warning says so and averaging starts anew. When training ends, the average replaces the weights of the
+    model, with BatchNorm statistics recalibrated on the training data, so that ``save_model`` saves the average.
+    ``on_train_end`` of all callbacks comes after that.
+
+    `swa` is the `SWA` of the last call of `train`.
 
     Args:
-        evaluate: what ``Trainer.evaluate`` looks at once models are averaged and until training ends: "averaged"
-            weights, with metrics named ``eval_swa_*``, "trained" ones, or "both". `metric_for_best_model` (of early
-            stopping, say, or of a plateau) has to be one that every evaluation has, of trained weights. (With "both",
-            EarlyStoppingCallback warns after each that it is disabled; it is not.)
-        finalize_options: of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` where a Trainer
-            computes its loss in a way of its own.
-        options: of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
+        swa_options: the arguments of `add_swa`, as a dict. All other arguments go to `Trainer`.
 
-    Raises ValueError for another `evaluate`; when training begins ValueError for ``load_best_model_at_end``, which the
-    average would overwrite, for schedules in samples or tokens, and for what `prepare_swa` does not take; RuntimeError
-    for a second SWACallback. Memory: as `SWA`. With BatchNorm each evaluation of the average costs a pass over the
-    training data.
+    Raises what `add_swa` and the training with it raise.
     """
 
-    def __init__(
+    swa: AcceleratedSWA
+    _swa_checkpoint: str | None = None
+    _swa_is_evaluating = False
+
+    def __init__(self, *args: Any, swa_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_up_swa(**(swa_options or {}))
+
+    def _set_up_swa(
         self, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        if evaluate not in _CHOICES:
-            raise ValueError(f"evaluate needs one of {', '.join(_CHOICES)}, got {evaluate=}; 'both' is the default")
-        self.swa: AcceleratedSWA
-        self._trainer: Any  # its types do not know that training has prepared model and optimizer
-        self._choice = evaluate
-        self._options = options
-        self._finalize_options = dict(finalize_options or {})
-        self._evaluate_trained: Callable[..., dict[str, float]]  # the Trainer's own methods
-        self._save_trained: Callable[..., None]
-        self._is_evaluating = False
+        if evaluate not in _EVALUATE:
+            raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
+        self._swa_evaluate, self._swa_options = evaluate, options
+        self._swa_finalize_options = dict(finalize_options or {})
+        # The first in the list: the other callbacks, which may save a checkpoint or the model, see the step counted.
+        self.callback_handler.callbacks.insert(0, _SWAEvents(self))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if hasattr(self, "_trainer"):
-            self._detach()  # from one whose training raised
-        self._trainer, checkpoint = _calling_trainer()
-        previous = getattr(vars(self._trainer).get("_save_checkpoint"), "__self__", None)
-        if isinstance(previous, SWACallback):
-            previous._detach()  # one whose training raised, and which then was removed
-        callbacks = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, SWACallback)]
-        if len(callbacks) > 1:
-            raise RuntimeError(
-                f"a Trainer needs one SWACallback, got {len(callbacks)}; give one several averages, rule={{name: rule}}"
-            )
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "SWACallback needs load_best_model_at_end=False, got True; at the end the average goes into the model"
-            )
-        length = {"max_duration": f"{state.max_steps}ba", "steps_per_epoch": _steps_per_epoch(args, **kwargs)}
-        best = str(args.metric_for_best_model or "")
-        if best and (self._choice == "averaged" or best.removeprefix("eval_").startswith("swa_")):
-            raise ValueError(
-                "SWACallback needs a metric_for_best_model that every evaluation has, got metric_for_best_model="
-                f"{best!r} with evaluate={self._choice!r}; take one of trained weights, and evaluate='both'"
-            )
-        self.swa = prepare_swa(
-            self._trainer.accelerator, self._trainer.model_wrapped, self._trainer.optimizer, **(length | self._options)
-        )
-        # No event comes before an evaluation; on_save comes when older checkpoints are gone, and not on a SIGTERM.
-        self._save_trained, self._trainer._save_checkpoint = self._trainer._save_checkpoint, self._save
-        if self._choice != "trained":
-            self._evaluate_trained, self._trainer.evaluate = self._trainer.evaluate, self._evaluate
-        if units := sorted(self.swa.schedule.units & {"sp", "tok"}):
-            raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
-        if checkpoint is not None and not self.swa.load(Path(checkpoint, "dist_swa")):
-            self.swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        state = self._trainer.state
-        if state.global_step <= state.max_steps:  # resumed at the end, within an epoch, the Trainer makes one more
-            self.swa.step()  # the scheduler has stepped
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.swa.schedule.steps_per_epoch is None:
-            self.swa.end_epoch()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._detach()
-        self.swa.finalize(self._batches(), **self._finalize_options)
-
-    def _save(self, model: Any, trial: Any) -> None:
-        """``Trainer._save_checkpoint``, the average first."""
-        self.on_step_end()  # on a signal, which may be heard before ours, it is this step's turn; else nothing is new
-        folder = f"checkpoint-{self._trainer.state.global_step}"
-        self.swa.save(Path(self._trainer._get_output_dir(trial=trial), folder, "dist_swa"))
-        self._save_trained(model, trial)
-        self.swa.forget_idle_steps()
-
-    def _evaluate(
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> dict[str, float]:
-        """``Trainer.evaluate``, or what overrides it, of the weights that were asked for."""
-
-        def evaluate(prefix: str) -> dict[str, float]:
-            return self._evaluate_trained(
-                eval_dataset=eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=prefix, **kwargs
-            )
-
-        if self._is_evaluating or not self.swa.started or self.swa.completed:
-            return evaluate(metric_key_prefix)
-        self._is_evaluating = True  # of several datasets, each comes back here
+        """Evaluate the trained weights, the averaged weights, or both. Metrics of the average are ``eval_swa_*``."""
+        evaluate = functools.partial(super().evaluate, eval_dataset=eval_dataset, ignore_keys=ignore_keys, **kwargs)
+        is_averaging = hasattr(self, "swa") and self.swa.started and not self.swa.completed
+        if not is_averaging or self._swa_evaluate == "trained" or self._swa_is_evaluating:
+            return evaluate(metric_key_prefix=metric_key_prefix)
+        self._swa_is_evaluating = True  # with several datasets, Trainer.evaluate calls this method for each of them
         try:
-            metrics = evaluate(metric_key_prefix) if self._choice == "both" else {}
+            metrics = evaluate(metric_key_prefix=metric_key_prefix) if self._swa_evaluate == "both" else {}
             with self.swa.swapped_in():
-                recalibrate_batch_norm(self._trainer.model, self._batches(), **self._finalize_options)
-                return metrics | evaluate(f"{metric_key_prefix}_swa")
+                recalibrate_batch_norm(self.model_wrapped, self._swa_batches(), **self._swa_finalize_options)
+                return metrics | evaluate(metric_key_prefix=f"{metric_key_prefix}_swa")
         finally:
-            self._is_evaluating = False
+            self._swa_is_evaluating = False
 
-    def _batches(self) -> Iterator[Any]:
-        loader = self._trainer.get_train_dataloader()  # a new one: that of the run has a place in its epoch
-        loaders = self._trainer.accelerator._dataloaders
-        loaders[:] = [one for one in loaders if one is not loader]  # accelerate would keep it, with its workers
+    # Private, because train() resolves resume_from_checkpoint=True, and an override of train() may choose another one.
+    def _inner_training_loop(
+        self, batch_size: Any = None, args: Any = None, resume_from_checkpoint: Any = None, *more: Any, **kwargs: Any
+    ) -> Any:
+        self._swa_checkpoint = resume_from_checkpoint
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *more, **kwargs)
+
+    # Private, because on_save comes after older checkpoints were deleted, and does not come on SIGTERM.
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_folder = self._get_output_dir(trial)  # private: the only place that knows the folder of a trial
+        self.swa.save(Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", _FOLDER))
+        super()._save_checkpoint(model, trial)
+        self.swa.discard_zero_lr_steps()
+
+    def _swa_batches(self) -> Iterator[Any]:
+        """Yield the training data. A new loader, because the one of the run has a position in its epoch."""
+        loader = self.get_train_dataloader()
+        loaders = self.accelerator._dataloaders  # private: no public call removes one loader, with its workers
+        loaders[:] = [one for one in loaders if one is not loader]
         yield from loader
 
-    def _detach(self) -> None:
-        own = {"evaluate": self._evaluate, "_save_checkpoint": self._save}
-        for name in [name for name, method in own.items() if vars(self._trainer).get(name) == method]:
-            before = self._evaluate_trained if name == "evaluate" else self._save_trained
-            delattr(self._trainer, name)
-            if getattr(self._trainer, name) != before:  # it was put there, too
-                setattr(self._trainer, name, before)
-        if hasattr(self, "swa"):
-            self.swa.detach()
+
+def add_swa(
+    trainer: Trainer, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
+) -> SWAMixin:
+    """Make `trainer` average the weights it trains, and return it. Its class becomes one with `SWAMixin`.
+
+    Call it before ``trainer.train()``, on every rank, with the same arguments.
+
+    Args:
+        evaluate: what ``trainer.evaluate`` evaluates from the first update to the end of training: "averaged" weights,
+            with metrics ``eval_swa_*``, "trained" weights, or "both". `metric_for_best_model`, as early stopping and
+            ReduceLROnPlateau use it, needs to be a metric of the trained weights. (With "both", EarlyStoppingCallback
+            warns after each evaluation of the average that it is disabled; it is not.)
+        finalize_options: arguments of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` for a
+            Trainer with its own ``compute_loss``.
+        options: arguments of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
+
+    Raises TypeError if `trainer` is no Trainer, RuntimeError if it has an average already or has trained, ValueError
+    for another `evaluate`. When training begins, ValueError for ``load_best_model_at_end``, for a
+    `metric_for_best_model` that not every evaluation has, for schedules in samples or tokens, for methods that were
+    replaced on the trainer itself, and what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of
+    the average runs forwards over the training data.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"add_swa needs a transformers.Trainer, got {trainer=}; use prepare_swa or SWA in other loops")
+    if isinstance(trainer, SWAMixin):
+        raise RuntimeError(
+            f"add_swa needs a Trainer without an average, got a {type(trainer).__name__}; for several averages pass"
+            " rule={name: rule}"
+        )
+    if trainer.is_in_train or trainer.state.global_step:
+        raise RuntimeError(
+            f"add_swa needs a Trainer before train(), got is_in_train={trainer.is_in_train} at"
+            f" global_step={trainer.state.global_step}; call it first"
+        )
+    with_swa = cast(SWAMixin, trainer)
+    SWAMixin._set_up_swa(with_swa, evaluate=evaluate, finalize_options=finalize_options, **options)
+    with_swa.__class__ = _class_with_swa(type(trainer))
+    return with_swa
 
 
-def _calling_trainer() -> tuple[Any, str | None]:
-    """Return the Trainer that is at work, and the checkpoint that it resumes from; no event tells of either."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
-            return trainer, frame.f_locals["resume_from_checkpoint"]
-        frame = frame.f_back
-    raise RuntimeError("SWACallback needs to be called by Trainer.train, got another caller; pass it to a Trainer")
+def _class_with_swa(cls: type[Trainer]) -> type[SWAMixin]:
+    def reduce(self: Trainer, protocol: Any) -> Any:  # pickle does not find a class that was made at run time
+        return _new_with_swa, (cls,), vars(self)
+
+    return type(f"SWA{cls.__name__}", (SWAMixin, cls), {"__reduce_ex__": reduce})
 
 
-def _steps_per_epoch(args: TrainingArguments, train_dataloader: Any, **kwargs: Any) -> int | None:
-    """Return the optimizer steps of an epoch, where the loader has a length."""
-    try:
-        return max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
-    except TypeError:
-        return None
+def _new_with_swa(cls: type[Trainer]) -> SWAMixin:
+    with_swa = _class_with_swa(cls)
+    return with_swa.__new__(with_swa)
+
+
+def _check_trainer(trainer: SWAMixin) -> None:
+    if trainer.args.load_best_model_at_end:
+        raise ValueError(
+            "SWA in a Trainer needs load_best_model_at_end=False, got True; at the end the average goes into the model"
+        )
+    best, evaluate = str(trainer.args.metric_for_best_model or ""), trainer._swa_evaluate
+    if best and (evaluate == "averaged" or best.removeprefix("eval_").startswith("swa_")):
+        raise ValueError(
+            "SWA in a Trainer needs a metric_for_best_model that every evaluation has, got metric_for_best_model="
+            f"{best!r} with {evaluate=}; take one of the trained weights, and evaluate='both'"
+        )
+    if replaced := sorted(vars(trainer).keys() & {"evaluate", "_save_checkpoint", "_inner_training_loop"}):
+        raise ValueError(
+            f"SWA in a Trainer needs the methods of its class, got {replaced=} on the trainer itself; override them in"
+            " a subclass"
+        )
+
+
+class _SWAEvents(TrainerCallback):
+    """Build the average when training begins, count steps, and finalize when training ends."""
+
+    def __init__(self, trainer: SWAMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        trainer = self.trainer
+        if hasattr(trainer, "swa"):
+            trainer.swa.detach()  # from a training that raised
+            del trainer.swa  # frees its memory
+        _check_trainer(trainer)
+        length: dict[str, Any] = {"max_duration": f"{state.max_steps}ba"}
+        if has_length(train_dataloader):
+            num_batches = len(train_dataloader)
+            length["steps_per_epoch"] = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
+        options = length | trainer._swa_options
+        trainer.swa = swa = prepare_swa(trainer.accelerator, trainer.model_wrapped, optimizer, **options)
+        if units := sorted(swa.schedule.units & {"sp", "tok"}):
+            raise ValueError(
+                f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'"
+            )
+        if trainer._swa_checkpoint is not None and not swa.load(Path(trainer._swa_checkpoint, _FOLDER)):
+            swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step <= state.max_steps:  # resumed at its last step within an epoch, a Trainer makes one more
+            self.trainer.swa.step()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.swa.schedule.steps_per_epoch is None:
+            self.trainer.swa.end_epoch()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        swa = self.trainer.swa
+        swa.detach()
+        swa.finalize(self.trainer._swa_batches(), **self.trainer._swa_finalize_options)

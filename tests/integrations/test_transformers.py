@@ -1,10 +1,12 @@
-"""Hugging Face Trainer: DDP and accelerate's own FSDP2 code, with models from a config, beside plain loops."""
+"""Hugging Face Trainer in one process, under DDP and in accelerate's own FSDP2 code, compared with plain loops."""
 
 import contextlib
-import shutil
+import copy
+import pickle
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,19 +26,20 @@ from transformers import (
 
 from accelerate_on_cpu import enter_fsdp, launched
 from dist_swa import SWA
-from dist_swa.integrations.transformers import SWACallback
+from dist_swa.integrations.transformers import SWAMixin, add_swa
 from models import same_bits
-from ranks import run_on_ranks
+from ranks import on_ranks, run_on_ranks
+from small_run import full_tensors, mean
 
 GLOBAL_BATCH, STEPS, STOP, START = 12, 6, 4, 3
-LR, EPS = 0.03, 1e-3  # so large that a gradient of nothing but rounding moves nothing
+LR, EPS = 0.03, 1e-3  # a large eps, so that gradients that are rounding errors only do not move the parameters
 KINDS = ["gpt2 ddp", "gpt2 fsdp2", "resnet ddp", "resnet fsdp2"]
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}
 
 
 class SmallResNetForImageClassification(ResNetForImageClassification):
     def get_input_embeddings(self) -> Any:
-        """None; accelerate asks for them under FSDP2, and transformers has no answer for a ResNet."""
+        """Return None: accelerate calls this under FSDP2, and transformers does not implement it for a ResNet."""
 
 
 def build(kind: str) -> Any:
@@ -62,7 +65,7 @@ def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def trainer_for(kind: str, folder: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+def trainer_for(kind: str, folder: Path, *callbacks: TrainerCallback, cls: Any = Trainer, **options: Any) -> Any:
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -83,7 +86,7 @@ def trainer_for(kind: str, folder: Path, *callbacks: TrainerCallback, **options:
     }
     if kind.endswith("fsdp2"):
         arguments |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    return Trainer(
+    return cls(
         build(kind),
         TrainingArguments(**(arguments | options)),
         train_dataset=data(kind),
@@ -92,15 +95,20 @@ def trainer_for(kind: str, folder: Path, *callbacks: TrainerCallback, **options:
     )
 
 
-def plain_loop(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The average by `SWA` in a loop without a trainer, and the whole models that were averaged."""
+class PlainRun(NamedTuple):
+    average: dict[str, Tensor]  # by `SWA`
+    models: list[dict[str, Tensor]]  # the full tensors of each averaged model
+
+
+def plain_run(kind: str) -> PlainRun:
+    """Train without a Trainer."""
     model, ranks = build(kind).train(), dist.get_world_size()
     if kind.endswith("ddp"):
         model = DistributedDataParallel(model)
     else:
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS, weight_decay=0)
-    swa = SWA(model, swa_start=f"{START}ba", swa_end=None, update_interval="1ba")
+    swa = SWA(model, swa_start=f"{START}ba")
     models, rows = [], data(kind)
     for step in range(STEPS):
         first = step * GLOBAL_BATCH % len(rows)
@@ -111,100 +119,129 @@ def plain_loop(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         (model(**mine, num_items_in_batch=total).loss * ranks).backward()
         optimizer.step()
         if swa.step():
-            last = SWA(model, swa_start="0ba", swa_end=None, update_interval="1ba")
-            last.step()
-            models.append(last.average.full_state_dict())
-    return swa.average.full_state_dict(), models
+            models.append(full_tensors(model))
+    return PlainRun(swa.average.full_state_dict(), models)
 
 
-def whole_runs(folder: Path) -> dict[str, Any]:
-    """For each kind: of a plain loop average and models, of the Trainer the average, and its log."""
+def whole_run(kind: str, folder: Path) -> tuple[PlainRun, dict[str, Tensor], list[dict[str, Any]]]:
+    """Return a plain run, and of a run of the Trainer the average and the log."""
     enter_fsdp()
-    results = {}
-    for kind in KINDS:
-        plain = plain_loop(kind)
-        with launched():
-            callback = SWACallback(swa_start=f"{START}ba", num_processes=2)
-            trainer = trainer_for(kind, folder / kind, callback, eval_strategy="steps", eval_steps=2)
-            trainer.train()
-            assert isinstance(trainer.model_wrapped, WRAPPERS[kind.split()[1]])
-            results[kind] = (*plain, callback.swa.average.full_state_dict(), trainer.state.log_history)
-    return results
+    plain = plain_run(kind)
+    with launched():
+        trainer = trainer_for(kind, folder, eval_strategy="steps", eval_steps=2)
+        trainer = add_swa(trainer, swa_start=f"{START}ba", num_processes=2)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, WRAPPERS[kind.split()[1]])
+        return plain, trainer.swa.average.full_state_dict(), trainer.state.log_history
 
 
-def resumed_runs(folder: Path) -> dict[str, Any]:
-    """For each kind the average, and what `save_model` saved; resumed from a checkpoint that was moved."""
+def resumed_run(kind: str, checkpoint: Path, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the average, and the weights that `save_model` saved."""
     enter_fsdp()
-    results = {}
-    for kind in KINDS:
-        out = folder / f"{kind} on {dist.get_world_size()} ranks"
-        with launched():
-            callback = SWACallback(swa_start=f"{START}ba")
-            trainer = trainer_for(kind, out, callback)
-            trainer.train(resume_from_checkpoint=str(folder / kind / "moved"))
-            assert callback.swa.num_averaged == STEPS - START + 1
-            trainer.save_model(str(out / "final"))
-            results[kind] = callback.swa.average.full_state_dict()
-        dist.barrier()
-        saved = type(build(kind)).from_pretrained(out / "final").state_dict()
-        results[f"{kind}, saved"] = saved
-    return results
+    with launched():
+        trainer = add_swa(trainer_for(kind, folder), swa_start=f"{START}ba")
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.swa.num_averaged == STEPS - START + 1
+        trainer.save_model(str(folder / "final"))
+        average = trainer.swa.average.full_state_dict()
+    dist.barrier()
+    return average, type(build(kind)).from_pretrained(folder / "final").state_dict()
 
 
-def mean(models: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.stack([model[name].double() for model in models]).mean(0)
-
-
-def test_averages_as_a_plain_loop_also_when_resumed(tmp_path: Path) -> None:
-    whole = run_on_ranks(whole_runs, 2, tmp_path)[0]
-    for kind in KINDS:
-        expected, models, average, log = whole[kind]
-        names = [name for name, _ in build(kind).named_parameters()]  # the Trainer has recalibrated the statistics
-        assert same_bits(average, expected, names), kind  # though it looked at averages in between
-        assert len(models) == STEPS - START + 1
-        for name in names:
-            torch.testing.assert_close(average[name].double(), mean(models, name), rtol=0, atol=1e-6)
-        check_log(kind, models, average, log)
-        (tmp_path / kind / f"checkpoint-{STOP}").rename(tmp_path / kind / "moved")
+@pytest.mark.parametrize("kind", KINDS)
+def test_average_is_that_of_a_plain_loop_also_when_resumed_on_other_ranks(tmp_path: Path, kind: str) -> None:
+    plain, average, log = run_on_ranks(whole_run, 2, kind, tmp_path / "whole")[0]
+    parameters = [name for name, _ in build(kind).named_parameters()]  # the Trainer has recalibrated the buffers
+    assert same_bits(average, plain.average, parameters)
+    assert len(plain.models) == STEPS - START + 1
+    for name in parameters:
+        torch.testing.assert_close(average[name].double(), mean(plain.models, name), rtol=0, atol=1e-6)
+    check_log(kind, plain.models, average, log)
+    checkpoint = (tmp_path / f"whole/checkpoint-{STOP}").rename(tmp_path / "moved")
     for ranks in (2, 3):
-        resumed = run_on_ranks(resumed_runs, ranks, tmp_path)[0]
-        for kind, (_, models, average, _) in whole.items():
-            if ranks == 2:
-                assert same_bits(resumed[kind], average), kind
-            elif kind.startswith("gpt2"):  # BatchNorm trains otherwise on other ranks
-                for name in average:
-                    torch.testing.assert_close(resumed[kind][name].double(), mean(models, name), rtol=0, atol=1e-6)
-            saved = resumed[f"{kind}, saved"]
-            assert same_bits(resumed[kind], saved, saved), kind
-            if kind.startswith("resnet"):
-                check_statistics(kind, saved)
+        resumed, saved = run_on_ranks(resumed_run, ranks, kind, checkpoint, tmp_path / f"{ranks} ranks")[0]
+        if ranks == 2:
+            assert same_bits(resumed, average)
+        elif kind.startswith("gpt2"):  # with BatchNorm, training depends on the number of ranks
+            for name in average:
+                torch.testing.assert_close(resumed[name].double(), mean(plain.models, name), rtol=0, atol=1e-6)
+        assert same_bits(resumed, saved, saved)
+        if kind.startswith("resnet"):
+            check_statistics(saved)
+
+
+def losses(log: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
+    """Return all losses of a Trainer's log by step and name, in order."""
+    return {(entry["step"], key): entry[key] for entry in log for key in entry if key.endswith("_loss")}
 
 
 def check_log(kind: str, models: Sequence[dict[str, Tensor]], average: dict[str, Tensor], log: Any) -> None:
-    """The losses in the Trainer's log are those of trained and averaged models, the last one's with its statistics."""
-    losses = {(entry["step"], key): entry[key] for entry in log for key in entry if key.endswith("_loss")}
+    """Check the logged losses: those of trained and averaged weights, the last one with recalibrated statistics."""
+    logged = losses(log)
     keys = [(2, "eval_loss"), (4, "eval_loss"), (4, "eval_swa_loss"), (6, "eval_loss"), (6, "eval_swa_loss")]
-    assert list(losses) == [*keys, (6, "train_loss")]
+    assert list(logged) == [*keys, (6, "train_loss")]
     expected: dict[tuple[int, str], dict[str, Tensor]] = {keys[-1]: average}
     if kind.startswith("gpt2"):
         expected |= {(step, "eval_loss"): models[step - START] for step in (4, 6)}
         expected[4, "eval_swa_loss"] = {name: mean(models[: 4 - START + 1], name) for name in models[0]}
     batch = stack(data(kind)[:GLOBAL_BATCH])
-    scale = 2 if kind.startswith("resnet") else 1  # the Trainer's: ranks, though this loss is a mean already
+    scale = 2 if kind.startswith("resnet") else 1  # the Trainer multiplies by the ranks, also where the loss is a mean
     for key, state in expected.items():
         model = build(kind).eval()
         model.load_state_dict(state)
         loss = float(model(**batch, num_items_in_batch=batch["labels"].numel()).loss.detach())
-        assert losses[key] == pytest.approx(scale * loss, rel=1e-5), (kind, key)
+        assert logged[key] == pytest.approx(scale * loss, rel=1e-5), key
 
 
-def check_statistics(kind: str, saved: dict[str, Tensor]) -> None:
-    """The first BatchNorm has the statistics of all the data, whatever the ranks."""
-    images, embedder = stack(data(kind))["pixel_values"], "resnet.embedder.embedder"
+def check_statistics(saved: dict[str, Tensor]) -> None:
+    """Check that the first BatchNorm has the statistics of all the data, for any number of ranks."""
+    images, embedder = stack(data("resnet"))["pixel_values"], "resnet.embedder.embedder"
     hidden = nn.functional.conv2d(images, saved[f"{embedder}.convolution.weight"], stride=2, padding=3)
     hidden = hidden.transpose(0, 1).flatten(1)
     torch.testing.assert_close(saved[f"{embedder}.normalization.running_mean"], hidden.mean(1))
     torch.testing.assert_close(saved[f"{embedder}.normalization.running_var"], hidden.var(1))
+
+
+@on_ranks(1)
+def test_one_process_ends_with_the_recalibrated_average_in_the_model(tmp_path: Path) -> None:
+    trainer = trainer_for("resnet", tmp_path, eval_strategy="steps", eval_steps=STEPS)
+    trainer = add_swa(trainer, swa_start=f"{START}ba", num_processes=1)
+    trainer.train()
+    assert type(trainer.model_wrapped) is SmallResNetForImageClassification
+    assert trainer.swa.num_averaged == STEPS - START + 1
+    assert same_bits(trainer.model_wrapped.state_dict(), trainer.swa.average.full_state_dict())
+    check_statistics(trainer.model_wrapped.state_dict())
+
+
+class MixedIn(SWAMixin, Trainer):
+    pass
+
+
+@on_ranks(1)
+def test_mixin_and_add_swa_give_the_same_run(tmp_path: Path) -> None:
+    mixed_in = trainer_for("gpt2", tmp_path, cls=partial(MixedIn, swa_options={"swa_start": f"{START}ba"}))
+    added = add_swa(trainer_for("gpt2", tmp_path), swa_start=f"{START}ba")
+    for trainer in (mixed_in, added):
+        assert not hasattr(trainer, "swa")
+        trainer.train()
+        assert trainer.swa.num_averaged == STEPS - START + 1
+    assert same_bits(mixed_in.swa.average.full_state_dict(), added.swa.average.full_state_dict())
+
+
+class Plain(Trainer):
+    pass
+
+
+@on_ranks(1)
+def test_add_swa_returns_a_trainer_that_copies_and_pickles(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, cls=Plain, save_strategy="no")
+    assert add_swa(trainer, swa_start=f"{START}ba") is trainer
+    assert isinstance(trainer, Plain)
+    assert "SWAPlain object" in repr(trainer)
+    for one in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))):
+        assert issubclass(type(one), Plain)
+        one.train()
+        assert one.swa.num_averaged == STEPS - START + 1
 
 
 class Rates(TrainerCallback):
@@ -215,17 +252,104 @@ class Rates(TrainerCallback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-class Looks(TrainerCallback):
-    """Evaluates by itself, with arguments by their places, and breaks the run off."""
+@on_ranks(2)
+def test_rate_of_the_swa_phase_wins_over_the_scheduler_and_only_optimizer_steps_count(tmp_path: Path) -> None:
+    with launched():
+        rates = Rates()
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": GLOBAL_BATCH // 4}
+        trainer = trainer_for("gpt2 ddp", tmp_path, rates, lr_scheduler_type="linear", **options)
+        phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+        add_swa(trainer, swa_start=f"{START}ba", **phase).train()
+        assert trainer.swa.schedule.now.batches == STEPS
+        assert trainer.swa.schedule.steps_per_epoch == 2
+        linear = [LR * (1 - step / STEPS) for step in range(1, STEPS + 1)]
+        phase_rates = [(linear[START - 1] + 0.01) / 2, 0.01, 0.01, 0.01]
+        assert rates.rates == pytest.approx([*linear[: START - 1], *phase_rates])
+
+
+@on_ranks(2)
+def test_average_alone_is_evaluated_on_several_datasets_until_training_ends(tmp_path: Path) -> None:
+    with launched():
+        trainer = trainer_for("gpt2 ddp", tmp_path, eval_strategy="steps", eval_steps=2)
+        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+        add_swa(trainer, swa_start=f"{START}ba", evaluate="averaged").train()
+        averaged = [(step, f"eval_swa_{name}_loss") for step in (4, 6) for name in "ab"]
+        logged = list(losses(trainer.state.log_history))
+        assert logged == [(2, "eval_a_loss"), (2, "eval_b_loss"), *averaged, (6, "train_loss")]
+        metrics = trainer.evaluate()
+        assert metrics.keys() >= {"eval_a_loss", "eval_b_loss"}
+        assert not any("swa" in key for key in metrics)
+
+
+@on_ranks(2)
+def test_checkpoint_without_an_average_warns_and_averaging_starts_anew(tmp_path: Path) -> None:
+    with launched():
+        trainer_for("gpt2 ddp", tmp_path, max_steps=STOP).train()
+    with launched():
+        trainer = trainer_for("gpt2 ddp", tmp_path, eval_strategy="steps", eval_steps=2)
+        trainer = add_swa(trainer, swa_start="1ba", evaluate="trained")
+        with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+            trainer.train(resume_from_checkpoint=True)
+        assert sum("averaging" in str(warning.message) for warning in caught) == 1
+        assert trainer.swa.schedule.now.batches == STEPS
+        assert trainer.swa.num_averaged == STEPS - STOP
+        assert list(losses(trainer.state.log_history)) == [(6, "eval_loss"), (6, "train_loss")]
+
+
+seen_prefixes: list[str] = []
+
+
+class QuestionAnswering(Trainer):
+    """Has an `evaluate` with other arguments."""
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, examples: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        seen_prefixes.append(metric_key_prefix)
+        return super().evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
+
+
+class MixedInQuestionAnswering(SWAMixin, QuestionAnswering):  # type: ignore[misc]
+    pass
+
+
+@pytest.mark.parametrize("is_mixed_in", [False, True])
+@on_ranks(2)
+def test_an_evaluate_with_other_arguments_is_called_for_both(tmp_path: Path, is_mixed_in: bool) -> None:
+    with launched():
+        start: dict[str, Any] = {"swa_start": f"{START}ba"}
+        cls: Any = partial(MixedInQuestionAnswering, swa_options=start) if is_mixed_in else QuestionAnswering
+        trainer = trainer_for("gpt2 ddp", tmp_path, cls=cls, eval_strategy="steps", eval_steps=2)
+        (trainer if is_mixed_in else add_swa(trainer, **start)).train()
+        assert seen_prefixes == ["eval", "eval", "eval_swa", "eval", "eval_swa"]
+
+
+class EvaluatesAndRaises(TrainerCallback):
+    """Evaluates with positional arguments in each step, and raises at step `STOP`."""
 
     trainer: Trainer
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         metrics = self.trainer.evaluate(self.trainer.eval_dataset, None, "mine")
-        if self.trainer.state.global_step == STOP:
-            assert set(metrics) >= {"mine_loss", "mine_swa_loss"}
-            raise ZeroDivisionError
         assert "mine_loss" in metrics
+        if self.trainer.state.global_step == STOP:
+            assert "mine_swa_loss" in metrics
+            raise ZeroDivisionError
+
+
+@on_ranks(2)
+def test_training_that_raised_or_ended_starts_again_with_a_new_average(tmp_path: Path) -> None:
+    with launched():
+        callback = EvaluatesAndRaises()
+        trainer = add_swa(trainer_for("gpt2 ddp", tmp_path, callback), swa_start=f"{START}ba")
+        callback.trainer = trainer
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        assert trainer.swa.num_averaged == STOP - START + 1
+        trainer.remove_callback(callback)
+        for _ in range(2):
+            trainer.train()
+            assert trainer.swa.num_averaged == STEPS - START + 1
 
 
 class Endless(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -233,105 +357,30 @@ class Endless(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return iter(data("gpt2"))
 
 
-def uses(folder: Path) -> None:
-    enter_fsdp()
-    kind = "gpt2 ddp"
-    start: dict[str, Any] = {"swa_start": f"{START}ba"}
-    phase: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+@on_ranks(2)
+def test_epochs_are_counted_where_the_loader_has_no_length(tmp_path: Path) -> None:
     with launched():
-        rates = Rates()
-        callback = SWACallback(**start, **phase, evaluate="averaged")
-        trainer = trainer_for(
-            kind,
-            folder,
-            callback,
-            rates,
-            gradient_accumulation_steps=2,
-            per_device_train_batch_size=GLOBAL_BATCH // 4,
-            lr_scheduler_type="linear",
-            eval_strategy="steps",
-            eval_steps=2,
-        )
-        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
-        trainer.train()
-        assert callback.swa.schedule.now.batches == STEPS
-        assert callback.swa.schedule.steps_per_epoch == 2
-        # The Trainer's own scheduler goes on all the time; from START on, the rate is that of the phase.
-        linear = [LR * (1 - step / STEPS) for step in range(1, STEPS + 1)]
-        phase_rates = [(linear[START - 1] + 0.01) / 2, 0.01, 0.01, 0.01]
-        assert rates.rates == pytest.approx([*linear[: START - 1], *phase_rates])
-        looks = [key for entry in trainer.state.log_history for key in entry if key.endswith("_loss")]
-        averaged = ["eval_swa_a_loss", "eval_swa_b_loss"]
-        assert looks == ["eval_a_loss", "eval_b_loss", *averaged, *averaged, "train_loss"]
-        assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_b_loss"}  # training is over
-        assert "evaluate" not in vars(trainer)
-        trainer.train()  # again, with an average of its own
-        assert callback.swa.num_averaged == STEPS - START + 1
-    with launched():
-        callback = SWACallback(swa_start="1ba", evaluate="trained")
-        trainer = trainer_for(kind, folder, callback, eval_strategy="steps", eval_steps=2)
-        shutil.rmtree(folder / f"checkpoint-{STOP}/dist_swa", ignore_errors=True)
-        dist.barrier()
-        with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
-            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}"))
-        assert sum("averaging" in str(warning.message) for warning in caught) == 1
-        assert callback.swa.schedule.now.batches == STEPS
-        assert callback.swa.num_averaged == STEPS - STOP
-        looks = [key for entry in trainer.state.log_history for key in entry if key in ("eval_loss", "eval_swa_loss")]
-        assert looks == ["eval_loss"]  # but for those of the run before, of two datasets
-    with launched():
-        callback = SWACallback(**start)
-        trainer = trainer_for(kind, folder / "other", callback, eval_strategy="steps", eval_steps=2)
-        plain = trainer.evaluate
-
-        def evaluate(eval_dataset: Any = None, examples: Any = None, metric_key_prefix: str = "eval") -> Any:
-            """One with other arguments than the Trainer's, as for question answering."""
-            seen.append(metric_key_prefix)
-            return plain(eval_dataset, metric_key_prefix=metric_key_prefix)
-
-        seen: list[str] = []
-        trainer.evaluate = lambda ignore_keys=None, **kwargs: evaluate(**kwargs)  # type: ignore[method-assign]
-        own = trainer.evaluate
-        trainer.train()
-        assert seen == ["eval", "eval", "eval_swa", "eval", "eval_swa"]
-        assert trainer.evaluate is own
-    with launched():
-        callback = SWACallback(**start)
-        trainers = [trainer_for(kind, folder / "twice", callback, *more) for more in ((Looks(),), ())]
-        Looks.trainer = trainers[0]
-        with pytest.raises(ZeroDivisionError):
-            trainers[0].train()
-        trainers[1].train()  # the same callback, of a run that had raised
-        assert all("evaluate" not in vars(one) for one in trainers)
-    with launched():
-        callback = SWACallback(swa_start="1ep", update_interval="1ep")
-        trainer = trainer_for(kind, folder / "endless", callback)
+        trainer = trainer_for("gpt2 ddp", tmp_path)
         trainer.train_dataset = Endless()
-        trainer.train()
-        assert callback.swa.num_averaged == STEPS // 2
-    weights = []
-    for looks_every in (1, STEPS):
+        add_swa(trainer, swa_start="1ep", update_interval="1ep").train()
+        assert trainer.swa.num_averaged == STEPS // 2
+
+
+@on_ranks(2)
+def test_evaluating_the_average_does_not_change_the_run(tmp_path: Path) -> None:
+    """Each evaluation makes a pass over the training data."""
+    averages = []
+    for eval_steps in (1, STEPS):
         with launched():
             options: dict[str, Any] = {"train_sampling_strategy": "random", "eval_strategy": "steps"}
-            callback = SWACallback(swa_start="1ba")
-            trainer = trainer_for("resnet ddp", folder / "looks", callback, eval_steps=looks_every, **options)
+            trainer = trainer_for("resnet ddp", tmp_path, eval_steps=eval_steps, **options)
+            trainer = add_swa(trainer, swa_start="1ba")
             trainer.train()
-            weights.append(callback.swa.average.full_state_dict())
-    assert same_bits(*weights)  # looking, with a pass over the training data, has changed nothing
+            averages.append(trainer.swa.average.full_state_dict())
+    assert same_bits(*averages)
 
 
-def alone(folder: Path) -> None:
-    """One process, without a launcher."""
-    callback = SWACallback(swa_start=f"{START}ba", num_processes=1)
-    trainer = trainer_for("resnet", folder, callback, eval_strategy="steps", eval_steps=STEPS)
-    trainer.train()
-    assert type(trainer.model_wrapped) is SmallResNetForImageClassification
-    assert callback.swa.num_averaged == STEPS - START + 1
-    assert same_bits(trainer.model.state_dict(), callback.swa.average.full_state_dict())  # type: ignore[union-attr]
-    check_statistics("resnet", trainer.model.state_dict())  # type: ignore[union-attr]
-
-
-class Interrupts(TrainerCallback):
+class Raises(TrainerCallback):
     """Raises in an event of a step."""
 
     def __init__(self, event: str, step: int) -> None:
@@ -343,124 +392,133 @@ class Interrupts(TrainerCallback):
             raise ZeroDivisionError
 
 
-class AskedToSave(TrainerCallback):
-    """Does in an event what the handler of SIGTERM does."""
+class RequestsCheckpoint(TrainerCallback):
+    """Does in an event of step `STOP` what the handler of SIGTERM does."""
 
     def __init__(self, event: str) -> None:
-        setattr(self, event, self._ask)
+        setattr(self, event, self._request)
 
-    def _ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _request(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (jit,) = (one for one in kwargs["model"].callbacks if type(one).__name__ == "JITCheckpointCallback")
         jit.jit_manager.is_checkpoint_requested = state.global_step == STOP
 
 
+def run_and_resume(folder: Path, interruption: TrainerCallback, options: dict[str, Any], **resumed: Any) -> SWAMixin:
+    """Train until the interruption, then resume in a new Trainer and return that."""
+    trainer: Any = add_swa(trainer_for("gpt2", folder, interruption, **options), swa_start=f"{START}ba")
+    trainer.model.callbacks = trainer.callback_handler.callbacks
+    with contextlib.suppress(ZeroDivisionError):
+        trainer.train()
+    trainer = add_swa(trainer_for("gpt2", folder, **resumed), swa_start=f"{START}ba")
+    trainer.train(resume_from_checkpoint=True)
+    return trainer  # type: ignore[no-any-return]
+
+
+ON_SIGTERM: dict[str, Any] = {"enable_jit_checkpoint": True, "save_strategy": "no"}
+OFTEN: dict[str, Any] = {"save_steps": 2, "save_total_limit": 1}
+# The callback, further training arguments, and the step of the checkpoint that the run is resumed from.
+INTERRUPTIONS: dict[str, tuple[TrainerCallback, dict[str, Any], int]] = {
+    "between saving and on_save": (Raises("on_save", STOP), OFTEN, STOP),
+    "SIGTERM before a step": (RequestsCheckpoint("on_step_begin"), ON_SIGTERM, STOP),
+    "SIGTERM after a step": (RequestsCheckpoint("on_optimizer_step"), ON_SIGTERM, STOP + 1),
+}
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+@on_ranks(1)
+def test_an_interrupted_run_resumes_with_its_average(tmp_path: Path, interruption: str) -> None:
+    callback, options, saved = INTERRUPTIONS[interruption]
+    whole = add_swa(trainer_for("gpt2", tmp_path / "whole"), swa_start=f"{START}ba")
+    whole.train()
+    resumed = run_and_resume(tmp_path / "interrupted", callback, options)
+    assert (tmp_path / f"interrupted/checkpoint-{saved}/dist_swa").exists()
+    assert resumed.swa.num_averaged == STEPS - START + 1
+    assert same_bits(resumed.swa.average.full_state_dict(), whole.swa.average.full_state_dict())
+
+
+@on_ranks(1)
+def test_the_additional_step_of_a_run_resumed_at_its_end_is_not_averaged(tmp_path: Path) -> None:
+    """The Trainer makes one more step when it resumes at its last step, within an epoch."""
+    options = {"max_steps": START, "save_steps": 1, "num_train_epochs": 2}
+    trainer = run_and_resume(tmp_path, Raises("on_save", START), options, max_steps=START)
+    assert (trainer.state.global_step, trainer.swa.num_averaged) == (START + 1, 1)
+
+
 class OwnLoss(Trainer):
-    """Takes something out of a batch that the model does not."""
+    """Takes an entry out of each batch that the model does not accept."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs.pop("weight")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def interrupted(folder: Path) -> None:
-    """Stopped by an error or a signal, at any moment, the run goes on with its average."""
-    start: dict[str, Any] = {"swa_start": f"{START}ba"}
-
-    def run(name: str, *more: TrainerCallback, resume: bool = False, **options: Any) -> tuple[SWACallback, Any]:
-        callback = SWACallback(**start)
-        trainer: Any = trainer_for("gpt2", folder / name, *more, callback, **options)
-        trainer.model.callbacks = trainer.callback_handler.callbacks
-        if more:
-            with contextlib.suppress(ZeroDivisionError):
-                trainer.train()
-        else:
-            trainer.train(resume_from_checkpoint=resume)
-        return callback, trainer
-
-    whole = run("whole")[0].swa.average.full_state_dict()
-    # Between the Trainer's own files and on_save of what comes later, when the checkpoint before is gone.
-    often: dict[str, Any] = {"save_steps": 2, "save_total_limit": 1}
-    run("saving", Interrupts("on_save", STOP), **often)
-    resumed = run("saving", resume=True, **often)[0].swa
-    assert (resumed.num_averaged, same_bits(resumed.average.full_state_dict(), whole)) == (STEPS - START + 1, True)
-    # At the last step, within an epoch: the Trainer itself makes one step more when it resumes there.
-    run("last", Interrupts("on_save", 3), max_steps=3, save_steps=1, num_train_epochs=2)
-    callback, trainer = run("last", resume=True, max_steps=3)
-    assert (trainer.state.global_step, callback.swa.num_averaged) == (4, 1)
-    # On SIGTERM, for which there is no event.
-    for event, saved in (("on_step_begin", STOP), ("on_optimizer_step", STOP + 1)):  # heard before and after a step
-        run(event, AskedToSave(event), enable_jit_checkpoint=True, save_strategy="no")
-        assert (folder / event / f"checkpoint-{saved}").exists()
-        assert same_bits(run(event, resume=True)[0].swa.average.full_state_dict(), whole)
-    # By hand, and then with another callback.
-    _, trainer = run("another", Interrupts("on_step_end", STOP))
-    for refused in (SWACallback(swa_start="9sp"), SWACallback(**start)):
-        trainer.remove_callback(SWACallback)
-        trainer.remove_callback(Interrupts)
-        trainer.add_callback(refused)
-        with contextlib.suppress(ValueError):
-            trainer.train()
-    assert refused.swa.num_averaged == STEPS - START + 1
-    assert not {"evaluate", "_save_checkpoint"} & set(vars(trainer))
-
-
-def own_batches(folder: Path) -> None:
-    """A loss of its own takes a forward of its own; loaders of the training data do not stay."""
-    seen = []
+@pytest.mark.parametrize("own_forward", [True, False])
+@on_ranks(1)
+def test_recalibration_takes_a_forward_and_leaves_no_loader_behind(tmp_path: Path, own_forward: bool) -> None:
+    batches = []
 
     def forward(module: nn.Module, batch: dict[str, Tensor]) -> None:
-        seen.append(module(pixel_values=batch["pixel_values"]))
+        batches.append(module(pixel_values=batch["pixel_values"]))
 
-    for finalize_options in ({"forward": forward}, None):
-        callback = SWACallback(swa_start=f"{START}ba", finalize_options=finalize_options)
-        options: dict[str, Any] = {"remove_unused_columns": False, "eval_strategy": "steps", "eval_steps": 1}
-        trainer = trainer_for("resnet", folder, callback, **options)
-        if finalize_options:
-            trainer.__class__ = OwnLoss
-            trainer.train_dataset = [row | {"weight": torch.ones(())} for row in data("resnet")]
-            trainer.eval_dataset = trainer.train_dataset[:GLOBAL_BATCH]
-        trainer.train()
-        loaders = trainer.accelerator._dataloaders
-        assert sum(loader.dataset is trainer.train_dataset for loader in loaders) == 1
-        assert len(seen) == 2 * (STEPS - START + 2)  # batches, in each evaluation of the average and at the end
-        check_statistics("resnet", trainer.model.state_dict())  # type: ignore[union-attr]
+    options: dict[str, Any] = {"remove_unused_columns": False, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_for("resnet", tmp_path, cls=OwnLoss if own_forward else Trainer, **options)
+    if own_forward:
+        trainer.train_dataset = [row | {"weight": torch.ones(())} for row in data("resnet")]
+        trainer.eval_dataset = trainer.train_dataset[:GLOBAL_BATCH]
+    add_swa(trainer, swa_start=f"{START}ba", finalize_options={"forward": forward} if own_forward else None).train()
+    loaders = trainer.accelerator._dataloaders
+    assert sum(loader.dataset is trainer.train_dataset for loader in loaders) == 1
+    if own_forward:
+        assert len(batches) == 2 * (STEPS - START + 2)  # in each evaluation of the average and at the end
+    check_statistics(trainer.model_wrapped.state_dict())
 
 
-def test_goes_on_after_an_interruption(tmp_path: Path) -> None:
-    run_on_ranks(interrupted, 1, tmp_path)
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+# The options of `add_swa`, the training arguments, and the error.
+WRONG_AT_TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "load_best_model_at_end": ({}, BEST, "needs load_best_model_at_end=False, got True"),
+    "samples": ({"swa_start": "9sp"}, {}, r"needs a schedule in ep, ba or dur, got units=\['sp'\]"),
+    "only averaged": ({"evaluate": "averaged"}, {"metric_for_best_model": "loss"}, "got .*'loss' with .*='averaged'"),
+    "metric of the average": ({}, {"metric_for_best_model": "eval_swa_loss"}, "every .* has, got .*'eval_swa_loss'"),
+    "number of processes": ({"num_processes": 4}, {}, "needs num_processes=4, got 2 of them"),
+}
 
 
-def test_a_forward_of_ones_own(tmp_path: Path) -> None:
-    run_on_ranks(own_batches, 1, tmp_path)
-
-
-def test_follows_the_trainer(tmp_path: Path) -> None:
-    run_on_ranks(uses, 2, tmp_path)
-    run_on_ranks(alone, 1, tmp_path / "alone")
-
-
-def wrong_uses(folder: Path) -> None:
+@pytest.mark.parametrize("case", WRONG_AT_TRAIN)
+@on_ranks(2)
+def test_wrong_options_raise_when_training_begins(tmp_path: Path, case: str) -> None:
+    options, arguments, message = WRONG_AT_TRAIN[case]
     enter_fsdp()
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-    metric, averaged = "metric_for_best_model", SWACallback(evaluate="averaged")
-    callbacks: list[tuple[type[Exception], str, list[SWACallback], dict[str, Any]]] = [
-        (RuntimeError, r"needs one SWACallback, got 2; .*rule=", [SWACallback(), SWACallback()], {}),
-        (ValueError, r"needs load_best_model_at_end=False, got True", [SWACallback()], best),
-        (ValueError, r"needs a schedule in ep, ba or dur, got units=\['sp'\]", [SWACallback(swa_start="9sp")], {}),
-        (ValueError, r"every evaluation has, got .*'loss' with evaluate='averaged'", [averaged], {metric: "loss"}),
-        (ValueError, r"every evaluation has, got .*'eval_swa_loss' with", [SWACallback()], {metric: "eval_swa_loss"}),
-        (ValueError, r"needs num_processes=4, got 2 of them", [SWACallback(num_processes=4)], {}),
-    ]
-    for error, message, given, options in callbacks:
-        with launched():
-            trainer = trainer_for("gpt2 fsdp2", folder, *given, **options)
-            with pytest.raises(error, match=message):
-                trainer.train()
+    with launched():
+        trainer = add_swa(trainer_for("gpt2 fsdp2", tmp_path, **arguments), **options)
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
 
 
-def test_wrong_uses_say_what_to_do(tmp_path: Path) -> None:
+@on_ranks(1)
+def test_a_method_that_was_replaced_on_the_trainer_raises_when_training_begins(tmp_path: Path) -> None:
+    trainer: Any = add_swa(trainer_for("gpt2", tmp_path), swa_start=f"{START}ba")
+    trainer.evaluate = print
+    with pytest.raises(ValueError, match=r"needs the methods of its class, got replaced=\['evaluate'\]"):
+        trainer.train()
+    del trainer.evaluate
+    trainer.train()
+
+
+def test_add_swa_takes_trainers_only() -> None:
+    with pytest.raises(TypeError, match=r"add_swa needs a transformers.Trainer, got trainer='trainer'"):
+        add_swa("trainer")  # type: ignore[arg-type]
+
+
+@on_ranks(1)
+def test_add_swa_raises_for_a_wrong_choice_and_when_it_comes_twice_or_late(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=r"evaluate needs one of averaged, trained, both, got evaluate='swa'"):
-        SWACallback(evaluate="swa")
-    with pytest.raises(RuntimeError, match=r"needs to be called by Trainer.train, got another caller"):
-        SWACallback().on_train_begin(None, None, None)  # type: ignore[arg-type]
-    run_on_ranks(wrong_uses, 2, tmp_path)
+        add_swa(trainer, evaluate="swa")
+    assert type(trainer) is Trainer
+    trainer.train()
+    with pytest.raises(RuntimeError, match=r"needs a Trainer before train\(\), got .* at global_step=1; call it"):
+        add_swa(trainer)
+    trainer = add_swa(trainer_for("gpt2", tmp_path))
+    with pytest.raises(RuntimeError, match=r"needs a Trainer without an average, got a SWATrainer; .*rule="):
+        add_swa(trainer)
