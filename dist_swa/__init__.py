@@ -1,5 +1,7 @@
 """Weight averaging (SWA, EMA, windows) for PyTorch training that is already distributed."""
 
+from importlib.metadata import version
+
 # What does a training loop talk to, and where is the average?
 from dist_swa.averaging.average import ShardedAverage
 
@@ -9,6 +11,8 @@ from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, PowerE
 # Are the BatchNorm statistics those of the averaged weights?
 from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
 from dist_swa.swa import SWA
+
+__version__ = version("dist_swa")
 
 __all__ = [
     "EMA",
@@ -20,5 +24,6 @@ __all__ = [
     "Rule",
     "ShardedAverage",
     "Window",
+    "__version__",
     "recalibrate_batch_norm",
 ]

@@ -1,29 +1,30 @@
-"""The command line: look into checkpoints, export, merge and synthesize averages."""
+"""The command dist-swa: inspect checkpoints; export, merge and synthesize averages."""
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
+import click
 import torch
 import torch.distributed as dist
 
-from dist_swa import checkpoint
+from dist_swa import __version__, checkpoint
 from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, Rule
-from dist_swa.checkpoint.sources import averages_in, entries_in, names_in, open_reader
+from dist_swa.checkpoint.sources import Average, Reader, entries_in, open_reader, spec_of
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
-_EXAMPLES = """examples:
+_RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
+_EXAMPLES = """\b
+examples:
   dist-swa inspect step-840
   dist-swa export step-840 deployed --key swa.mean --dtype bfloat16
   dist-swa merge step-280 step-560 step-840 --key model --rule minus_sqrt --out merged
@@ -35,181 +36,122 @@ exit codes: 0 done, 1 the command failed (the reason is one line on stderr), 2 w
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; wrong usage raises SystemExit(2)."""
-    parser = _parser()
-    parsed = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
-    if parsed.command == "merge":
-        try:
-            parsed.rule = Equal() if parsed.rule is None else _rule(parsed.rule, len(parsed.sources))
-        except ValueError as error:
-            parser.error(f"--rule needs one of {_RULES}, got {parsed.rule} ({error})")
-        if parsed.no_normalize and parsed.weights is None:
-            parser.error("--no-normalize needs --weights, got none; a rule's weights sum to 1")
-    with _noted_interrupt() as was_interrupted:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("default", UserWarning)
-                warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-                if _num_ranks() > 1:
-                    dist.init_process_group("gloo")
-                _COMMANDS[parsed.command](parsed)
-        except KeyboardInterrupt:
-            return 130
-        except Exception as error:
-            if was_interrupted():
+    """Run a command and return its exit code; --help, --version and wrong usage raise SystemExit."""
+    with _first_rank_prints(), _interrupt_event() as interrupted:
+        try:  # not click's main(), which prints on Ctrl-C and exits with 1
+            with _cli.make_context("dist-swa", list(sys.argv[1:] if arguments is None else arguments)) as context:
+                _cli.invoke(context)
+        except click.exceptions.Exit as error:
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            _print_error(f"error: {error.format_message().rstrip('.')}; see --help")
+            sys.exit(2)
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
                 return 130
-            _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            _print_error(f"error: {error}" if str(error).strip() else f"error: {type(error).__name__}")
             return 1
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
     return 0
 
 
 @contextmanager
-def _noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed: torch turns a KeyboardInterrupt into errors of its own."""
-    pressed = []
+def _first_rank_prints() -> Iterator[None]:
+    """Discard the output of all ranks but the first, and print a warning as one line."""
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "").strip("0").isdecimal():
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _print_error(f"warning: {message}")
+        yield
 
-    def note(number: int, frame: Any) -> None:
-        pressed.append(number)
+
+@contextmanager
+def _interrupt_event() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C sets. Torch replaces a KeyboardInterrupt by other errors."""
+    interrupted = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        interrupted.set()
         signal.default_int_handler(number, frame)
 
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_default or threading.current_thread() is not threading.main_thread():  # not ours to change
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with ExitStack() as stack:
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_default and threading.current_thread() is threading.main_thread():  # keep a handler of the caller
+            signal.signal(signal.SIGINT, handle)
+            stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+        yield interrupted
 
 
-def _inspect(parsed: argparse.Namespace) -> None:
-    facts = _facts(parsed.path)
-    if parsed.json:
-        _print(json.dumps(facts, indent=2))
+def _print_error(text: str) -> None:
+    click.echo(f"dist-swa: {_printable(' '.join(text.split()))}", err=True)
+
+
+def _printable(text: str) -> str:
+    """Escape control characters, which names in files may contain."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+@click.group(epilog=_EXAMPLES, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.pass_context
+def _cli(context: click.Context) -> None:
+    """Inspect checkpoints; export, merge and synthesize averages."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal():
+        raise ValueError(f"dist-swa needs the number of ranks, got WORLD_SIZE={ranks}; unset it, or use torchrun")
+    if int(ranks) > 1:
+        dist.init_process_group("gloo")
+        context.call_on_close(dist.destroy_process_group)
+
+
+_sources = click.argument("sources", nargs=-1, required=True)
+_out = click.option("--out", required=True, help="a new folder, or a new .safetensors file")
+_key = click.option(
+    "--key",
+    help="""the entry of a checkpoint, as "swa" or "model"; "" is the top level of the saved state dict; default: the
+    only average, or the only entry if there is no average""",
+)
+_quiet = click.option("--quiet", is_flag=True, help="no progress bar")
+
+
+@_cli.command("inspect", epilog=_EXAMPLES)
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="machine-readable")
+def _inspect(path: str, as_json: bool) -> None:
+    """Show the entries of a checkpoint or of safetensors."""
+    facts = _facts(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
         return
-    _print(f"{_printable(parsed.path)}: {facts['format']}{'' if facts['has_checksums'] else ', without checksums'}")
+    click.echo(f"{_printable(path)}: {facts['format']}{'' if facts['has_checksums'] else ', without checksums'}")
     columns = ("key", "rule", "num_averaged", "step", "tensors", "elements", "dtypes")
     rows = [columns, *([_cell(entry[column]) for column in columns] for entry in facts["entries"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _facts(path: str) -> dict[str, Any]:
-    """Return what is in a checkpoint or in safetensors, as JSON takes it."""
+    """Describe a checkpoint or safetensors by JSON values."""
     reader = open_reader(path)
-    if not isinstance(reader, checkpoint.CheckpointReader):
-        return {"format": "safetensors", "has_checksums": False, "entries": [_entry(reader, None, reader.keys)]}
-    averages = averages_in(reader)
-    entries = []
-    for key, average in averages.items():
-        of_average = {"rule": average.rule, "num_averaged": average.num_averaged, "step": average.step}
-        parts = (f"{key}.slots.0.", f"{key}.buffers.")
-        tensors = {n.removeprefix(part): n for part in parts for n in reader.keys if n.startswith(part)}
-        entries.append(_entry(reader, key, tensors.values(), **of_average))
-    for key in entries_in(reader, averages):
-        entries.append(_entry(reader, key, names_in(reader, key).values()))
-    return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}
+    if isinstance(reader, checkpoint.CheckpointReader):
+        entries = [_entry(reader, key, *entry) for key, entry in entries_in(reader).items()]
+        return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}
+    entry = _entry(reader, None, {key: key for key in reader.keys})
+    return {"format": "safetensors", "has_checksums": False, "entries": [entry]}
 
 
-def _entry(reader: Any, key: str | None, names: Iterable[str], **of_average: Any) -> dict[str, Any]:
-    """Return the facts of one entry, whose tensors have these names."""
-    shapes = {name: shape for name in names if (shape := reader.shape(name)) is not None}
-    dtypes = Counter(str(reader.dtype(name)).removeprefix("torch.") for name in shapes)
-    facts = {"key": key, "rule": None, "num_averaged": None, "step": None, **of_average}
-    numel = sum(shape.numel() for shape in shapes.values())
-    return facts | {"tensors": len(shapes), "elements": numel, "dtypes": [name for name, _ in dtypes.most_common()]}
-
-
-def _export(parsed: argparse.Namespace) -> None:
-    dtype = None if parsed.dtype is None else getattr(torch, parsed.dtype)
-    checkpoint.export(parsed.path, parsed.out, key=parsed.key, dtype=dtype, progress=not parsed.quiet)
-
-
-def _merge(parsed: argparse.Namespace) -> None:
-    options = {"rule": parsed.rule, "weights": parsed.weights, "normalize": not parsed.no_normalize}
-    checkpoint.merge(parsed.sources, parsed.out, key=parsed.key, **options, progress=not parsed.quiet)
-
-
-def _synthesize(parsed: argparse.Namespace) -> None:
-    options = {"key": parsed.key, "sigma_rel": parsed.sigma_rel}
-    error = checkpoint.synthesize(parsed.sources, parsed.out, **options, progress=not parsed.quiet)
-    _print(f"sigma_rel {parsed.sigma_rel:g}, relative error of the weights of models {error:.2e}")
-
-
-_COMMANDS = {"inspect": _inspect, "export": _export, "merge": _merge, "synthesize": _synthesize}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {_printable(message)}; see --help\n" if _is_first() else None)
-
-    def print_help(self, file: Any = None) -> None:
-        if _is_first():
-            super().print_help(file)
-
-
-def _parser() -> argparse.ArgumentParser:
-    layout: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
-    parser = _Parser("dist-swa", description=__doc__, **layout)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    inspect = commands.add_parser("inspect", help="show what is in a checkpoint or in safetensors", **layout)
-    inspect.add_argument("path")
-    inspect.add_argument("--json", action="store_true", help="machine-readable")
-    export = commands.add_parser("export", help="write the averaged model of a checkpoint as safetensors", **layout)
-    export.add_argument("path")
-    export.add_argument("out", help="a new folder, or a new .safetensors file")
-    export.add_argument("--dtype", choices=_DTYPES, help="of all floating tensors; default: as they are")
-    merge = commands.add_parser("merge", help="average checkpoints or safetensors, oldest first", **layout)
-    weighing = merge.add_mutually_exclusive_group()
-    weighing.add_argument("--rule", help=f"{_RULES}; default: equal")
-    weighing.add_argument(
-        "--weights", type=_numbers, metavar="W1,W2,...", help="one for each source, instead of a rule"
-    )
-    merge.add_argument("--no-normalize", action="store_true", help="do not divide --weights by their sum")
-    synthesize = commands.add_parser("synthesize", help="make the PowerEMA of another width (post-hoc EMA)", **layout)
-    synthesize.add_argument("--sigma-rel", type=float, required=True, help="the width, between 0 and 0.2886")
-    for command in (merge, synthesize):
-        command.add_argument("sources", nargs="+", metavar="source", help="checkpoints or safetensors")
-        command.add_argument("--out", required=True, help="a new folder, or a new .safetensors file")
-    for command in (export, merge, synthesize):
-        command.add_argument("--key", help=_KEY)
-        command.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
-
-
-_KEY = """the entry of a checkpoint, as "swa" or "model", or "", what stands at its top level; default: the only
-average, or, without any, the only entry"""
-_RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
-
-
-def _rule(text: str, count: int) -> Rule:
-    """Return the rule for so many sources; ValueError for anything else than `_RULES`."""
-    name, _, number = text.partition(":")
-    if name == "polynomial":
-        return Polynomial(float(number))
-    if name == "ema":
-        return EMA(decay=float(number))
-    return Equal() if text == "equal" else DecayShaped(text, total=count)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """Return "--weights -1,3" as "--weights=-1,3", for argparse takes a "-1,3" on its own for an option."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] == "--weights" and re.match(r"-[0-9.]", argument):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+def _entry(
+    reader: Reader, key: str | None, stored: Mapping[str, str], average: Average | None = None
+) -> dict[str, Any]:
+    """Describe an entry with these tensors."""
+    specs = [spec for name in stored.values() if (spec := spec_of(reader, name))]
+    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs).most_common()
+    facts = dict(zip(("rule", "num_averaged", "step"), average or (None, None, None), strict=True))
+    numel = sum(spec.shape.numel() for spec in specs)
+    return {"key": key, **facts, "tensors": len(specs), "elements": numel, "dtypes": [name for name, _ in dtypes]}
 
 
 def _cell(value: Any) -> str:
@@ -218,31 +160,64 @@ def _cell(value: Any) -> str:
     return "-" if value is None else _printable(str(value)) or '""'
 
 
-def _printable(text: str) -> str:
-    """Return a text that leaves the terminal as it is: names in files may hold anything."""
-    return text if text.isprintable() else repr(text)[1:-1]
+@_cli.command("export", epilog=_EXAMPLES)
+@click.argument("source")
+@click.argument("out")
+@_key
+@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="of floating tensors")
+@_quiet
+def _export(dtype: str | None, quiet: bool, **options: Any) -> None:
+    """Write an average as safetensors.
+
+    OUT is a new folder, or a new .safetensors file.
+    """
+    checkpoint.export(dtype=getattr(torch, dtype) if dtype else None, progress=not quiet, **options)
 
 
-def _num_ranks() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal():
-        raise ValueError(f"dist-swa needs the number of ranks, got WORLD_SIZE={text}; unset it, or use torchrun")
-    return int(text)
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
-def _is_first() -> bool:
-    """Whether this process speaks: the first rank, or one that does not know its rank."""
-    return not os.environ.get("RANK", "").strip("0").isdecimal()
+@_cli.command("merge", epilog=_EXAMPLES)
+@_sources
+@_out
+@_key
+@click.option("--rule", help=f"{_RULES}; default: equal")
+@click.option("--weights", type=_numbers, metavar="W1,W2,...", help="one for each source, instead of a rule")
+@click.option("--no-normalize", is_flag=True, help="do not divide --weights by their sum")
+@_quiet
+def _merge(rule: str | None, weights: list[float] | None, no_normalize: bool, quiet: bool, **options: Any) -> None:
+    """Average checkpoints or safetensors, oldest first."""
+    if weights is not None and rule is not None:
+        raise click.UsageError("merge needs --rule or --weights, got both; leave one out")
+    if weights is None and no_normalize:
+        raise click.UsageError("--no-normalize needs --weights, got none; a rule's weights sum to 1")
+    by_rule = _rule("equal" if rule is None else rule, len(options["sources"]))
+    checkpoint.merge(rule=by_rule, weights=weights, normalize=not no_normalize, progress=not quiet, **options)
 
 
-def _print(text: str) -> None:
-    if _is_first():
-        print(text)
+def _rule(text: str, num_sources: int) -> Rule:
+    name, _, number = text.partition(":")
+    try:
+        if name == "polynomial":
+            return Polynomial(float(number))
+        if name == "ema":
+            return EMA(decay=float(number))
+        return Equal() if text == "equal" else DecayShaped(text, total=num_sources)
+    except ValueError as error:
+        raise click.UsageError(f"--rule needs one of {_RULES}, got {text} ({error})") from error
 
 
-def _say(text: str) -> None:
-    if _is_first():
-        print(f"dist-swa: {_printable(text)}", file=sys.stderr)
+@_cli.command("synthesize", epilog=_EXAMPLES)
+@_sources
+@_out
+@_key
+@click.option("--sigma-rel", type=float, required=True, help="the width, between 0 and 0.2886")
+@_quiet
+def _synthesize(sigma_rel: float, quiet: bool, **options: Any) -> None:
+    """Compute the PowerEMA of another width (post-hoc EMA)."""
+    error = checkpoint.synthesize(sigma_rel=sigma_rel, progress=not quiet, **options)
+    click.echo(f"sigma_rel {sigma_rel:g}, relative error of the weights of models {error:.2e}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line does what the functions do, and says in one line what is wrong."""
+"""The commands do what the functions do, and report an error in one line."""
 
 import contextlib
 import json
@@ -54,20 +54,26 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[5].split() == ["model", "-", "-", "-", "15", "150", "float32,", "int64"]
 
 
-def test_inspect_shows_what_stands_at_the_top_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flat: dict[str, Any] = {"w": torch.ones(2), "0.weight": torch.ones(3)}
-    checkpoint.save(flat, tmp_path / "flat")
-    checkpoint.save({"model": flat, "step": torch.tensor(3)}, tmp_path / "mixed")
-    row = ["-", "-", "-"]
-    for name, rows in (
-        ("flat", [['""', *row, "2", "5", "float32"]]),
-        ("mixed", [['""', *row, "1", "1", "int64"], ["model", *row, "2", "5", "float32"]]),
-    ):
-        assert main(["inspect", str(tmp_path / name)]) == 0
-        assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == rows
+FLAT = {"w": torch.ones(2), "0.weight": torch.ones(3)}
 
 
-def test_inspect_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("state", "rows"),
+    [
+        (FLAT, ['"" - - - 2 5 float32']),
+        ({"model": FLAT, "step": torch.tensor(3)}, ['"" - - - 1 1 int64', "model - - - 2 5 float32"]),
+    ],
+    ids=["flat", "mixed"],
+)
+def test_inspect_shows_the_top_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], rows: list[str]
+) -> None:
+    checkpoint.save(state, tmp_path / "saved")
+    assert main(["inspect", str(tmp_path / "saved")]) == 0
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:]] == rows
+
+
+def test_inspect_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", step(run, 5), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["format"] == "checkpoint"
@@ -82,6 +88,9 @@ def test_inspect_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "elements": 122,
         "dtypes": ["float32", "int64"],
     }
+
+
+def test_inspect_of_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x": torch.ones(2, 3, dtype=torch.float16)}, tmp_path / "x.safetensors")
     assert main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -119,13 +128,12 @@ def test_merge_by_a_rule(run: Path, tmp_path: Path, text: str, rule: Rule) -> No
     assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
 
 
-def test_merge_by_weights(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("weights", [["--weights=-1,3"], ["--weights", "-1,3"]], ids=" ".join)
+def test_merge_by_weights(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], weights: list[str]) -> None:
     paths, out = [step(run, i) for i in (2, 4)], str(tmp_path / "out.safetensors")
-    for weights in (["--weights=-1,3"], ["--weights", "-1,3"]):
-        Path(out).unlink(missing_ok=True)
-        assert main(["merge", *paths, *weights, "--out", out, "--key", "model", "--no-normalize", "--quiet"]) == 0
-        said = capfd.readouterr().err
-        assert said == "dist-swa: warning: negative weights move away from a source: weights=[-1.0, 3.0]\n"
+    assert main(["merge", *paths, *weights, "--out", out, "--key", "model", "--no-normalize", "--quiet"]) == 0
+    err = capfd.readouterr().err
+    assert err == "dist-swa: warning: negative weights move away from a source: weights=[-1.0, 3.0]\n"
     with pytest.warns(UserWarning, match="negative"):
         checkpoint.merge(paths, tmp_path / "same.safetensors", key="model", weights=[-1, 3], normalize=False)
     assert Path(out).read_bytes() == (tmp_path / "same.safetensors").read_bytes()
@@ -139,12 +147,14 @@ def test_synthesize(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"sigma_rel 0.08, relative error of the weights of models {error:.2e}\n"
 
 
-def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = [step(run, 6), "--key", "model"]
-    for command in (["export", arguments[0], "OUT", *arguments[1:]], ["merge", *arguments, "--out", "OUT"]):
-        for out, options in ((tmp_path / f"{command[0]} a", []), (tmp_path / f"{command[0]} b", ["--quiet"])):
-            assert main([str(out) if part == "OUT" else part for part in command] + options) == 0
-            assert ("15/15" in capfd.readouterr().err) == (not options)
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]], ids=["progress", "quiet"])
+@pytest.mark.parametrize("command", [["export", "STEP", "OUT"], ["merge", "STEP", "--out", "OUT"]], ids=" ".join)
+def test_a_progress_bar_unless_quiet(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: list[str], quiet: list[str]
+) -> None:
+    places = {"STEP": step(run, 6), "OUT": str(tmp_path / "out")}
+    assert main([*(places.get(part, part) for part in command), "--key", "model", *quiet]) == 0
+    assert ("15/15" in capfd.readouterr().err) == (not quiet)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +168,7 @@ def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.Ca
         (["merge", "STEP", "--out", "OUT", "--key", "model", "--weights", "1,2"], 1, "a finite weight for each of 1"),
         (["synthesize", "STEP", "--out", "OUT", "--sigma-rel", "0.2"], 1, "can be made within 10%, got sigma_rel=0.2"),
         (["synthesize", "STEP", "--out", "OUT", "--sigma-rel", "7"], 1, "PowerEMA needs sigma_rel in"),
-        (["synthesize", "STEP", "--out", "OUT"], 2, "the following arguments are required: --sigma-rel"),
+        (["synthesize", "STEP", "--out", "OUT"], 2, "Missing option '--sigma-rel'; see --help"),
         (
             ["merge", "STEP", "--out", "OUT", "--rule", "ema:2"],
             2,
@@ -169,11 +179,19 @@ def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.Ca
             2,
             "needs one of equal, polynomial:ETA, ema:DECAY, linear",
         ),
-        (["merge", "STEP", "--out", "OUT", "--rule", "equal", "--weights", "1"], 2, "not allowed with argument --rule"),
-        (["merge", "STEP", "--out", "OUT", "--weights", "a"], 2, "argument --weights: invalid"),
+        (
+            ["merge", "STEP", "--out", "OUT", "--rule", "equal", "--weights", "1"],
+            2,
+            "merge needs --rule or --weights, got both; ",
+        ),
+        (
+            ["merge", "STEP", "--out", "OUT", "--weights", "a"],
+            2,
+            "Invalid value for '--weights': could not convert string to float: 'a'",
+        ),
         (["merge", "STEP", "--out", "OUT", "--rule", ""], 2, "needs one of equal, polynomial:ETA, ema:DECAY, linear"),
         (["merge", "STEP", "--out", "OUT", "--no-normalize"], 2, "--no-normalize needs --weights, got none; "),
-        (["merge", "STEP", "--out", "OUT", "--weights", "--quiet"], 2, "argument --weights: expected one argument"),
+        (["merge", "STEP", "--out", "OUT", "--weights", "--quiet"], 2, "Invalid value for '--weights': "),
         (["export", "STEP", ".", "--key", "model"], 1, "needs a path where nothing is yet, got .; choose another"),
         (["export", "STEP", "", "--key", "model"], 1, "needs a path where nothing is yet, got .; choose another"),
         (["merge", "STEP", "--out", "/", "--key", "model"], 1, "needs a path where nothing is yet, got /; choose"),
@@ -181,10 +199,15 @@ def test_a_progress_bar_unless_quiet(run: Path, tmp_path: Path, capfd: pytest.Ca
         (["merge", "STEP", "--out", "LINK", "--key", "model"], 1, "needs a path where nothing is yet, got"),
         (["merge", "STEP", "--out", "DANGLING", "--key", "model"], 1, "needs a path where nothing is yet, got"),
         (["inspect", "no\x1b[31m\nwhere"], 1, r"got nothing at no\x1b[31m where"),
-        (["merge", "STEP", "--out", "OUT", "--no\x1b"], 2, r"unrecognized arguments: --no\x1b"),
-        (["export", "STEP", "OUT", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
-        (["explode"], 2, "invalid choice: 'explode'"),
-        ([], 2, "the following arguments are required: command"),
+        (["merge", "STEP", "--out", "OUT", "--no\x1b"], 2, r"No such option"),
+        (["merge", "--out", "OUT"], 2, "Missing argument 'SOURCES...'; see --help"),
+        (
+            ["export", "STEP", "OUT", "--dtype", "int8"],
+            2,
+            "'int8' is not one of 'float64', 'float32', 'bfloat16', 'float16'",
+        ),
+        (["explode"], 2, "No such command 'explode'"),
+        ([], 2, "Missing command; see --help"),
     ],
 )
 def test_errors_are_one_line(
@@ -212,7 +235,7 @@ def test_errors_are_one_line(
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """Let SIGINT interrupt: where a shell has started pytest in the background, it is ignored."""
+    """Set Python's handler of SIGINT: a shell that starts pytest in the background ignores the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -220,7 +243,7 @@ def interrupts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_an_interrupt_is_130_whatever_becomes_of_it(
+def test_an_interrupt_is_130_even_if_torch_masks_it(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_masked: bool
 ) -> None:
     def interrupted(*_: Any) -> None:
@@ -236,49 +259,58 @@ def test_an_interrupt_is_130_whatever_becomes_of_it(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_from_files_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save({"we\x1b[31mird\nkey": {"x": torch.ones(1)}, "größe": {"x": torch.ones(1)}}, tmp_path / "saved")
     assert main(["inspect", str(tmp_path / "saved")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["größe", r"we\x1b[31mird\nkey"]
 
 
-@pytest.mark.parametrize("command", ["inspect STEP", "inspect STEP --json", "inspect no", "no", "inspect --help"])
-def test_only_the_first_rank_speaks(
+@pytest.mark.parametrize(
+    "command", ["inspect STEP", "inspect STEP --json", "inspect no", "no", "inspect --help", "--version"]
+)
+def test_only_the_first_rank_prints(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    said = []
+    outputs = []
     for rank in ("0", "1", "10"):
         monkeypatch.setenv("RANK", rank)
         with contextlib.suppress(SystemExit):
             main(command.replace("STEP", step(run, 6)).split())
-        said.append("".join(capfd.readouterr()))
-    assert said[0]
-    assert said[1:] == ["", ""]
+        outputs.append("".join(capfd.readouterr()))
+    assert outputs[0]
+    assert outputs[1:] == ["", ""]
 
 
-def test_an_odd_environment_is_one_line(
-    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "abc"}], ids=str)
+def test_an_error_in_the_environment_is_one_line(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
-    for environment in ({"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "abc"}):
-        with monkeypatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            assert main(["inspect", step(run, 6)]) == 1
-        err = capfd.readouterr().err
-        assert err.startswith("dist-swa: error: ")
-        assert "abc" in err
-        assert err.count("\n") == 1
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["inspect", step(run, 6)]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("dist-swa: error: ")
+    assert "abc" in err
+    assert err.count("\n") == 1
 
 
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["inspect", "-h"], ["export", "-h"], ["merge", "-h"], ["synthesize", "-h"]):
-        with pytest.raises(SystemExit) as raised:
-            main(arguments)
-        assert raised.value.code == 0
-        text = capsys.readouterr().out
-        assert "examples:\n  dist-swa inspect step-840\n" in text
-        assert "exit codes: 0 done" in text
+@pytest.mark.parametrize("arguments", ["--help", "inspect -h", "export -h", "merge -h", "synthesize -h"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.split())
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert "  examples:\n    dist-swa inspect step-840\n" in text
+    assert "exit codes: 0 done" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"dist-swa, version {dist_swa.__version__}\n"
+    assert f'version = "{dist_swa.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_commands_of_readme_and_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Averages as safetensors: from a training run, sharded as it is, or from a checkpoint on disk."""
+"""Export averages as safetensors, from a sharded training run or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
-from dist_swa.checkpoint.cast import checked_cast
-from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
+from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, checked_cast, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.swa import SWA
 
-_SHARDED = "sharded"  # the folder of what the ranks have written, until it is consolidated
+_SHARDED = "sharded"  # the temporary folder of the shards
 
 
 def export(
@@ -36,29 +35,30 @@ def export(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> None:
-    """Write the averaged model as safetensors, as `load_state_dict(strict=True)` and transformers take them.
+    """Write the averaged model as safetensors for ``load_state_dict(strict=True)`` and transformers.
 
-    `out`, where nothing may be yet, becomes a folder: ``model.safetensors``, or, above 5 GB, several files and
-    ``model.safetensors.index.json``. A name that ends in ".safetensors" becomes that one file. It holds parameters,
-    frozen ones too, under all names where they are tied, and persistent buffers.
+    The output has all parameters (frozen ones too, tied ones under all names) and persistent buffers. The extra state
+    of modules (`get_extra_state`) is left out with a warning, unless it is a tensor.
 
     Args:
-        source: a live average: every rank calls, a collective. Or the path of a checkpoint, which needs no process
-            group and no GPU; in a process group every rank calls, too, and they share the files among them.
-        key: of a live source, the name of one of several averages. Of a path, the entry, as "swa", "swa.ema_long" or
-            "model"; by default the only average, or, without any, the only entry. "" is what stands at the top level,
-            as in ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
-        dtype: of all floating tensors, buffers included; default: parameters as they are averaged, others as they are.
-            Complex tensors stay as they are.
+        source: a live average, then every rank must call (a collective). Or the path of a checkpoint; this needs no
+            process group and no GPU. In a process group every rank must call, and the ranks share the files.
+        out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
+            ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``.
+        key: the name of one of several live averages. Of a checkpoint the entry, such as "swa", "swa.ema_long" or
+            "model"; default: the only average, or the only entry if there is no average. "" is the top level, as of
+            ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
+        dtype: of all floating tensors, buffers included. Default: the dtype of the average for parameters, their own
+            for others. Complex tensors keep theirs.
         progress: whether the first rank shows a progress bar.
 
-    Memory per rank: of a live source, three times the part of one output file that the rank holds, and twice the
-    largest tensor; of a path, three times the largest tensor. Disk: the model twice, while a live source is written.
-    All ranks see one file system. What modules keep besides tensors (`get_extra_state`) is left out, with a warning.
+    Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
+    a checkpoint, three times the largest tensor. Disk: a live source needs twice the model while it is written. All
+    ranks must see one file system.
 
-    Raises ValueError where the key is not clear (the message lists them), where a parameter that is not averaged is
-    missing, and where a value exceeds `dtype`; RuntimeError before the first update; FileExistsError; OSError where the
-    disk is full or read-only; and what `open_checkpoint` raises. On every rank alike; nothing appears then.
+    Raises ValueError if the key is ambiguous (the message lists the keys), a parameter that is not averaged is missing,
+    or a value overflows `dtype`; RuntimeError before the first update; FileExistsError; OSError if the disk is full or
+    read-only; and what `open_checkpoint` raises. Every rank raises the same error, and `out` is not created.
     """
     out = Path(out)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -88,10 +88,10 @@ def _export_stored(path: str | Path, out: Path, key: str | None, dtype: torch.dt
 def _export_live(
     average: ShardedAverage, out: Path, key: str | None, dtype: torch.dtype | None, progress: bool
 ) -> None:
-    """Let each rank write its shards, then put them together: not by DCP.
+    """Write the shards of each rank with DCP, then consolidate them.
 
-    DCP's own consolidation (torch 2.13) writes 0 for tensors without dimensions, wrong headers for complex ones, and
-    fails with integers.
+    DCP's own consolidation (torch 2.13) writes 0 for 0-dim tensors and wrong headers for complex tensors, and fails for
+    integers.
     """
     group = average.process_group
     with raise_on_all(group):
@@ -105,15 +105,15 @@ def _export_live(
         planner = _ConvertingPlanner(dtype)
         with unwrap_dcp_errors(), no_group_is_fine():
             dcp_save(tensors, storage_writer=_ShardWriter(shards, files), planner=planner, process_group=group)
-        pieces = _Pieces(shards, {name: spec for file in files.values() for name, spec in file.items()})
         with raise_on_all(group):
-            write_safetensors(files, partial, pieces.read, group, progress)
+            reader = _ShardReader(shards, {name: spec for file in files.values() for name, spec in file.items()})
+            write_safetensors(files, partial, reader.read, group, progress)
         if rank_and_world_size(group)[0] == 0:
             shutil.rmtree(shards)
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes what a rank holds into a file for each output file: torch keeps all of a file in memory."""
+    """Writes one file per rank and output file: DCP has all tensors of a file in memory."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Spec]]) -> None:
         super().__init__(
@@ -128,7 +128,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 class _ConvertingPlanner(DefaultSavePlanner):
-    """Converts a tensor when it is written. A copy: safetensors refuse tied tensors, and views with gaps."""
+    """Converts and copies a tensor when it is written: safetensors refuse tied tensors and strided views."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
@@ -139,32 +139,32 @@ class _ConvertingPlanner(DefaultSavePlanner):
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class _Pieces:
-    """Whole tensors, read from the shards that all ranks have written."""
+class _ShardReader:
+    """Reads full tensors from the shards of all ranks."""
 
     def __init__(self, folder: Path, specs: Mapping[str, Spec]) -> None:
         self._specs = specs
-        self._places: dict[str, list[tuple[Path, list[int]]]] = {name: [] for name in specs}
+        self._shards: dict[str, list[tuple[Path, list[int]]]] = {name: [] for name in specs}
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             with safe_open(path, framework="pt") as file:
-                for name, where in json.loads(file.metadata()["DCP_SHARDING_INFO"]).items():
-                    self._places[name].append((path, where["saved_offsets"]))
+                for name, info in json.loads(file.metadata()["DCP_SHARDING_INFO"]).items():
+                    self._shards[name].append((path, info["saved_offsets"]))
 
     def read(self, name: str) -> Tensor:
         shape, dtype = self._specs[name]
-        whole = torch.empty(shape, dtype=dtype)
+        full = torch.empty(shape, dtype=dtype)
         num_read = 0
-        for path, offsets in self._places[name]:
+        for path, offsets in self._shards[name]:
             with safe_open(path, framework="pt") as file:
-                piece = file.get_tensor(name)
-            whole[tuple(slice(start, start + size) for start, size in zip(offsets, piece.shape, strict=True))] = piece
-            num_read += piece.numel()
-        if num_read != whole.numel():
+                shard = file.get_tensor(name)
+            full[tuple(slice(start, start + size) for start, size in zip(offsets, shard.shape, strict=True))] = shard
+            num_read += shard.numel()
+        if num_read != full.numel():
             raise RuntimeError(
-                f"export needs the {whole.numel()} elements of {name}, got {num_read} from the ranks; let every rank"
+                f"export needs the {full.numel()} elements of {name}, got {num_read} from the ranks; let every rank"
                 " call it, on a file system that all of them see"
             )
-        return whole
+        return full
 
 
 def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:

@@ -1,4 +1,4 @@
-"""Averaging what lies on disk already: checkpoints and safetensors, one tensor at a time."""
+"""Average checkpoints and safetensors on disk, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
 from dist_swa.averaging.rules import Equal, Rule
-from dist_swa.checkpoint.cast import checked_cast
-from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, check_new, files_of, write_safetensors
+from dist_swa.checkpoint.safetensors_io import (
+    SUFFIX,
+    Spec,
+    atomic_output,
+    check_new,
+    checked_cast,
+    files_of,
+    write_safetensors,
+)
 from dist_swa.checkpoint.sources import MODEL, Source, open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.storage.writer import CheckpointWriter
 
-_BLOCK_NUMEL = 1 << 16  # elements that are converted to float64 at a time
+_BLOCK_NUMEL = 1 << 16  # elements converted to float64 at a time
 
 
 def merge(
@@ -37,26 +45,28 @@ def merge(
     normalize: bool = True,
     progress: bool = False,
 ) -> None:
-    """Average what lies on disk, oldest first, into `out`.
+    """Write the weighted average of `sources`, oldest first, to `out`. A collective if there is a process group.
 
-    `sources` are folders of checkpoints and safetensors (files, or folders), mixed as you like. `out`, where nothing
-    may be yet, becomes a safetensors file where it ends in ".safetensors"; else a folder, as the last of `sources` is:
-    of safetensors, or a checkpoint with the entry "model". Tensors are merged one at a time, in float64, in the
-    order of the sources, and rounded once to their own dtype: a single source keeps its bits. Those that are
-    not floating come from the last source. BatchNorm statistics are averaged, too: `recalibrate_batch_norm` is better.
+    Tensors are summed in float64 and rounded once to their own dtype, so a single source keeps its bits. Tensors that
+    are not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
     Args:
-        key: the entry of each checkpoint, as in `export`; "model" or "" merges trained weights. Safetensors have none.
-        rule: how much each source weighs, by its place among them; arXiv:2507.17634 is ``DecayShaped(shape,
-            total=len(sources))``. Not an EMA with a half-life.
-        weights: what each source weighs, instead of a rule; negative ones warn.
+        sources: paths of checkpoints and safetensors (files or folders), also mixed.
+        out: a path where nothing exists. A name that ends in ".safetensors" becomes a file; any other a folder in the
+            format of the last source: safetensors, or a checkpoint with the entry "model".
+        key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
+        rule: the weight of each source by its position, such as ``DecayShaped(shape, total=len(sources))``,
+            arXiv:2507.17634. An EMA with a half-life is refused.
+        weights: the weight of each source, instead of a rule. Negative weights warn.
         normalize: whether `weights` are divided by their sum.
         progress: whether the first rank shows a progress bar.
 
-    One process, or every rank of a process group, which share the work: by files for safetensors, else by tensors.
-    Memory per rank: five times the largest tensor in float32. Raises ValueError for sources that differ, which names
-    the first name, shape or dtype that does, and for `weights` that do not fit; and as `export` does. On every rank
-    alike; nothing appears then.
+    In a process group the ranks share the work: by files for safetensors, by tensors for a checkpoint. Memory per rank:
+    five times the largest tensor in float32.
+
+    Raises ValueError if sources differ (it names the first name, shape or dtype that does), if `weights` do not fit,
+    or if a sum overflows its dtype; and what `export` raises. Every rank raises the same error, and `out` is not
+    created.
     """
     with raise_on_all():
         paths = checked_paths(sources)
@@ -66,7 +76,7 @@ def merge(
 
 
 def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
-    """Return `sources`; TypeError or ValueError unless it is a list of paths, with one or more."""
+    """Return `sources`; TypeError or ValueError unless it is a list of at least one path."""
     if isinstance(sources, str | Path) or not all(isinstance(path, str | Path) for path in sources):
         raise TypeError(f"merging needs a list of paths, got sources={sources!r}; put it into a list")
     if not sources:
@@ -75,7 +85,6 @@ def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
 
 
 def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, normalize: bool) -> list[float]:
-    """Return what each source weighs."""
     if not isinstance(rule, Rule):
         raise TypeError(f"merge needs a rule, got {rule=}; pass Equal(), EMA(decay=0.9), ...")
     if weights is None:
@@ -95,7 +104,7 @@ def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, norma
 
 
 def _finite(weights: Sequence[float], count: int) -> list[float]:
-    """Return `count` plain floats, of a finite sum; TypeError or ValueError where `weights` are anything else."""
+    """Return `weights` as floats; TypeError or ValueError unless there are `count` of them with a finite sum."""
     try:
         if len(weights) == count and math.isfinite(math.fsum(map(abs, weights))):
             return [float(weight) for weight in weights]
@@ -109,22 +118,19 @@ def _finite(weights: Sequence[float], count: int) -> list[float]:
 
 
 def write_combination(sources: Sequence[Source], coefficients: Sequence[float], out: Path, progress: bool) -> None:
-    """Write the sum of `sources`, each times its coefficient, as `merge` says. A collective."""
+    """Write the sum of `sources`, each times its coefficient, as described in `merge`. A collective."""
     with raise_on_all():
         specs = _common_specs(sources)
         files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
-        skipped = sources[-1].skipped
-        if skipped:
+        if skipped := sources[-1].skipped:
             warnings.warn(f"merging is for tensors only: left out {', '.join(skipped)}", stacklevel=3)
 
-    def read(name: str) -> Tensor:
-        return _combined(name, sources, coefficients)
-
+    read = partial(_weighted_sum, sources=sources, coefficients=coefficients)
     if files is None:
         _write_checkpoint(specs, out, read, progress)
         return
-    with atomic_output(out, None) as partial:
-        write_safetensors(files, partial, read, None, progress)
+    with atomic_output(out, None) as folder:
+        write_safetensors(files, folder, read, None, progress)
 
 
 def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
@@ -141,13 +147,13 @@ def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
     return first.specs
 
 
-def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:
-    """Return the sum of a tensor of all sources, each times its coefficient; one of 0 leaves a source out."""
+def _weighted_sum(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:
+    """Return the weighted sum of one tensor. A source with coefficient 0 is not read: it may contain infinity."""
     shape, dtype = sources[-1].specs[name]
     if not (dtype.is_floating_point or dtype.is_complex):
         return sources[-1].read(name)
     parts = (*shape, 2) if dtype.is_complex else shape
-    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # to which -0.0 may be added
+    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # -0.0 + x keeps the sign of a zero x
     for source, coefficient in zip(sources, coefficients, strict=True):
         if coefficient != 0:
             _add(total, source.read(name), coefficient)
@@ -156,7 +162,7 @@ def _combined(name: str, sources: Sequence[Source], coefficients: Sequence[float
 
 
 def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
-    """Add `values`, real and imaginary parts, to the flat float64 `total`, a block at a time."""
+    """Add `values` times `coefficient` to the flat float64 `total`, a block at a time to save memory."""
     values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
     for start in range(0, len(values), _BLOCK_NUMEL):
         block = slice(start, start + _BLOCK_NUMEL)
@@ -164,34 +170,30 @@ def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
 
 
 def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
-    """Write a checkpoint with the entry "model", of which each rank reads and writes every so many-th tensor."""
+    """Write a checkpoint with the entry "model". The ranks take its tensors in turn."""
     with raise_on_all():
         check_new(out)
     rank, ranks = rank_and_world_size(None)
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
     writer = CheckpointWriter(out, one_file_per_tensor=True)
-    planner = _ReadingPlanner(read, progress and rank == 0)
-    with writer.cleaned_up(), unwrap_dcp_errors(), no_group_is_fine():
-        dcp_save(state, storage_writer=writer, planner=planner)
+    with (
+        writer.cleaned_up(),
+        unwrap_dcp_errors(),
+        no_group_is_fine(),
+        tqdm(total=len(mine), unit="tensor", disable=not progress or rank > 0) as bar,
+    ):
+        dcp_save(state, storage_writer=writer, planner=_ReadingPlanner(read, bar))
 
 
 class _ReadingPlanner(DefaultSavePlanner):
-    """Makes a tensor when it is written: the state dict has its shape and dtype only. Shows its progress."""
+    """Computes a tensor when it is written; the state dict contains meta tensors."""
 
-    def __init__(self, read: Callable[[str], Tensor], progress: bool) -> None:
+    def __init__(self, read: Callable[[str], Tensor], bar: tqdm[NoReturn]) -> None:
         super().__init__()
-        self._read, self._progress = read, progress
-        self._bar: Any = None
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        plan = super().finish_plan(new_plan)
-        self._bar = tqdm(total=len(plan.items), unit="tensor", disable=not self._progress)
-        return plan
+        self._read, self._bar = read, bar
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         tensor = self._read(write_item.index.fqn.removeprefix(f"{MODEL}."))
         self._bar.update()
-        if self._bar.n == self._bar.total:
-            self._bar.close()
         return tensor

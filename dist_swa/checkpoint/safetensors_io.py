@@ -1,8 +1,9 @@
-"""Safetensors files, read and written tensor by tensor: what does not fit into memory goes through it."""
+"""Read and write safetensors one tensor at a time, so that a file need not fit into memory."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -22,7 +23,7 @@ from dist_swa.storage.reader import CheckpointError
 from dist_swa.storage.writer import PARTIAL, sync_folder
 
 SUFFIX = ".safetensors"
-INDEX = f"model{SUFFIX}.index.json"  # of a folder: which tensor lies in which file
+INDEX = f"model{SUFFIX}.index.json"  # maps each tensor of a folder to its file
 _MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -46,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Spec(NamedTuple):
-    """What a tensor is, but for its values."""
+    """The shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -59,26 +60,41 @@ class Spec(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-class SafetensorsReader:
-    """What is in a safetensors file, or in a folder of them: `keys`, and the `shape`, `dtype` and value of each.
+def checked_cast(name: str, tensor: Tensor, dtype: torch.dtype, advice: str) -> Tensor:
+    """Return a floating `tensor` in `dtype`; ValueError if a finite value overflows. NaN and infinity are kept."""
+    result, info = tensor.to(dtype), torch.finfo(dtype)
+    if info.max < torch.finfo(tensor.dtype).max:
+        limit = info.max + info.eps * 2.0 ** (math.frexp(info.max)[1] - 2)  # values below it round to info.max
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit dtypes have no comparison
+        is_large = (values >= limit) | (values <= -limit)
+        if is_large.any() and len(lost := values[is_large & (result.to(values.dtype) != values)]):
+            raise ValueError(
+                f"a tensor needs values that {dtype} can hold, got {lost.abs().max():g} in {name}; {advice}"
+            )
+    return result
 
-    Raises CheckpointError, which names the file, where one is damaged, missing, or of a dtype that torch lacks.
+
+class SafetensorsReader:
+    """Reads the shape, dtype and value of each of the `keys` in a safetensors file, or in a folder of such files.
+
+    Raises CheckpointError, which names the file, if one is damaged or missing, or has a dtype that torch lacks.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
         self._files: dict[str, Path] = {}
         self._specs: dict[str, Spec] = {}
-        listed = _listed(self.folder)
-        for file in sorted(set(listed.values())) or _found(self.folder):
+        listed = _read_index(self.folder)
+        found = [self.folder] if self.folder.is_file() else self.folder.glob(f"*{SUFFIX}")
+        for file in sorted(set(listed.values()) or found):
             with _opened(file) as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (it is no dict)
+                for key in tensors.keys():  # noqa: SIM118  (not a dict)
                     if listed.get(key, file) != file or key in self._specs:
                         raise CheckpointError(f"safetensors need each tensor once, got {key} again in {file}")
-                    piece = tensors.get_slice(key)
-                    if piece.get_dtype() not in _DTYPES:
-                        raise CheckpointError(f"safetensors need dtypes of torch, got {piece.get_dtype()} in {file}")
-                    self._specs[key] = Spec(torch.Size(piece.get_shape()), _DTYPES[piece.get_dtype()])
+                    tensor = tensors.get_slice(key)
+                    if tensor.get_dtype() not in _DTYPES:
+                        raise CheckpointError(f"safetensors need dtypes of torch, got {tensor.get_dtype()} in {file}")
+                    self._specs[key] = Spec(torch.Size(tensor.get_shape()), _DTYPES[tensor.get_dtype()])
                     self._files[key] = file
         if missing := sorted(set(listed) - set(self._specs)):
             raise CheckpointError(f"safetensors need the tensors of {self.folder / INDEX}, got none of {missing[0]}")
@@ -91,8 +107,8 @@ class SafetensorsReader:
         return self._specs[key].dtype
 
     def read(self, key: str) -> Tensor:
-        """Return the tensor `key`, on the CPU. Memory: that tensor."""
-        with _opened(self._files[key]) as tensors:  # anew each time: what was mapped stays in memory until it is closed
+        """Return the tensor `key` on the CPU. Memory: that tensor."""
+        with _opened(self._files[key]) as tensors:  # reopened each time: mapped pages stay resident until the close
             tensor: Tensor = tensors.get_tensor(key)
             return tensor
 
@@ -104,9 +120,10 @@ def write_safetensors(
     group: dist.ProcessGroup | None,
     progress: bool,
 ) -> None:
-    """Write `files` into `folder`, each by one of the ranks, tensor by tensor as `read` returns them. Local.
+    """Write `files` into `folder`, and an index if there are several. Local: each rank writes its share of the files.
 
-    Where there is more than one file, the first rank writes the index of them.
+    `read` returns a tensor by name. One tensor is in memory at a time, so the header is written here:
+    `safetensors.serialize_file` needs all tensors of a file at once.
     """
     rank, ranks = rank_and_world_size(group)
     mine = list(files.items())[rank::ranks]
@@ -115,7 +132,7 @@ def write_safetensors(
             with _created(folder / name) as file:
                 file.write(_header(specs))
                 for key in specs:
-                    file.write(_bytes_of(read(key)))
+                    file.write(read(key).contiguous().flatten().view(torch.uint8).numpy().data)
                     bar.update()
     if rank == 0 and len(files) > 1:
         total_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
@@ -126,11 +143,12 @@ def write_safetensors(
 
 
 def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]:
-    """Return which tensors go into which files of `out`: one, or, for a folder, as many as stay below 5 GB each.
+    """Split tensors into files of at most 5 GB; a single file if `out` is a file.
 
-    The larger element sizes come first in a file, so that all of it is aligned. Raises ValueError for tensors that
-    safetensors cannot hold.
+    In a file, tensors with larger elements come first, so that all are aligned. Raises ValueError for a dtype that
+    safetensors lack.
     """
+    # huggingface_hub splits in the same way, but an HTTP client is too large a dependency for this loop.
     parts: list[dict[str, Spec]] = [{}]
     num_bytes = 0
     for key, spec in sorted(specs.items()):
@@ -148,23 +166,23 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
 
 
 def check_new(out: Path) -> None:
-    """Raise FileExistsError unless nothing is at `out`, not even a link to nothing."""
-    if not out.name or os.path.lexists(out):  # no name: "/" and "."
+    """Raise FileExistsError if `out` exists, even as a dangling link, or has no name ("/" and ".")."""
+    if not out.name or os.path.lexists(out):
         raise FileExistsError(f"a new file or folder needs a path where nothing is yet, got {out}; choose another")
 
 
 @contextmanager
 def atomic_output(out: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Give a hidden folder, which becomes `out` when the body has ended well on every rank. A collective.
+    """Yield a hidden folder that is renamed to `out` once the body has succeeded on every rank. A collective.
 
-    Where `out` is a safetensors file, the only file in the folder becomes it. Raises FileExistsError where `out` is
-    there already; what the body raises is raised on every rank, and nothing appears.
+    If `out` is a safetensors file, the only file in the folder is renamed. Raises FileExistsError if `out` exists. An
+    error of the body is raised on every rank, and the folder is removed.
     """
     partial, is_first = out.parent / f".{out.name}{PARTIAL}", rank_and_world_size(group)[0] == 0
     with raise_on_all(group):
         if is_first:
             check_new(out)
-            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed process
             partial.mkdir(parents=True)
     try:
         with raise_on_all(group):
@@ -201,8 +219,8 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _listed(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor by the index of the folder, if it has one."""
+def _read_index(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor from the index of a folder; an empty dict without an index."""
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -217,10 +235,6 @@ def _listed(folder: Path) -> dict[str, Path]:
     return {key: folder / name for key, name in weight_map.items()}
 
 
-def _found(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
-
-
 def _header(specs: Mapping[str, Spec]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -230,7 +244,3 @@ def _header(specs: Mapping[str, Spec]) -> bytes:
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

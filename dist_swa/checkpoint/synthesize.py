@@ -1,4 +1,4 @@
-"""Post-hoc EMA: an average of another width from those that a run has kept."""
+"""Post-hoc EMA: compute an average of another width from the averages that a run has saved."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dist_swa.averaging.rules import PowerEMA
 from dist_swa.checkpoint.merge import checked_paths, write_combination
-from dist_swa.checkpoint.sources import Source, averages_in, open_reader, open_source
+from dist_swa.checkpoint.sources import Source, entries_in, open_reader, open_source
 from dist_swa.collectives import raise_on_all
 from dist_swa.storage.reader import CheckpointReader
 
-_CHUNK_MODELS = 1 << 16  # models whose coefficients are held at a time
+_CHUNK_MODELS = 1 << 16  # models whose coefficients are in memory at a time
 _MAX_MODELS = 10**8  # more take minutes
-_REACH = 0.1  # the largest relative error of the coefficients of a synthesized average
+_MAX_ERROR = 0.1  # of the coefficients, relative
 
 
 def synthesize(
@@ -29,56 +29,55 @@ def synthesize(
     key: str | None = None,
     progress: bool = False,
 ) -> float:
-    """Write the average that a `PowerEMA` of another width would have kept. arXiv:2312.02696, section 3.2.
+    """Write the average that a `PowerEMA` of width `sigma_rel` would have, and return its relative error.
 
-    `sources` are checkpoints of one run, whose averages by `PowerEMA` (two widths, 0.05 and 0.10, in the paper) are
-    combined, in any order; `out` and memory as in `merge`. With a `key`, only the averages of that name. The result
-    stands for the last of them in time. Returns the relative error of what each model weighs in it.
+    arXiv:2312.02696, section 3.2. `sources` are checkpoints of one run in any order. Their averages by `PowerEMA` are
+    combined; the paper uses the widths 0.05 and 0.10. With a `key`, only the averages of that name are used. The result
+    is the average at the time of the latest one. `out`, memory and ranks are as in `merge`.
 
-    Appendix C solves for the coefficients in continuous time. Here what each of the N models weighs is known, so the
-    least-squares problem is over these N numbers, exactly: min over x of |sum_k x_k c_k - c|, with coefficients x that
-    sum to 1, in float64.
+    The coefficients x minimise |sum_k x_k c_k - c| and sum to 1, where c_k are the known weights of the N models in
+    average k, and c those in the result. This float64 least-squares problem is exact; appendix C solves it in
+    continuous time. The error is relative to |c|.
 
-    Raises ValueError where the error is above 0.1: the averages are too few, or too far from `sigma_rel`; where there
-    is none by `PowerEMA`, or one of more than 10**8 models; and as `merge` does.
+    Raises ValueError if the error is above 0.1 (too few averages, or too far from `sigma_rel`), if there is no average
+    by `PowerEMA`, or one of more than 10**8 models; and what `merge` raises.
     """
     with raise_on_all():
-        target = PowerEMA(sigma_rel)
+        rule = PowerEMA(sigma_rel)
         found = [source for path in checked_paths(sources) for source in _power_emas(path, key)]
-        found.sort(key=lambda pair: pair[1][0])  # by time: what is not floating comes from the last
+        found.sort(key=lambda pair: pair[1][0])  # by time: tensors that are not floating come from the last source
         opened, tracks = [source for source, _ in found], [track for _, track in found]
         num_models = tracks[-1][0]
-        coefficients, error = synthesis(tracks, num_models, target)
-        if not error <= _REACH:
-            widths = ", ".join(f"{rule.sigma_rel:g} after {n}" for n, rule in tracks)
+        coefficients, error = synthesis(tracks, num_models, rule)
+        if not error <= _MAX_ERROR:
+            widths = ", ".join(f"{track.sigma_rel:g} after {n}" for n, track in tracks)
             raise ValueError(
-                f"synthesize needs averages from which sigma_rel can be made within {_REACH:.0%}, got {sigma_rel=} with"
-                f" an error of {error:.0%} from {widths} models; choose one nearer to theirs, or add checkpoints"
+                f"synthesize needs averages from which sigma_rel can be made within {_MAX_ERROR:.0%}, got {sigma_rel=}"
+                f" with an error of {error:.0%} from {widths} models; choose one nearer to theirs, or add checkpoints"
             )
     write_combination(opened, coefficients, Path(out), progress)
     return error
 
 
-def synthesis(tracks: Sequence[tuple[int, PowerEMA]], num_models: int, target: PowerEMA) -> tuple[list[float], float]:
-    """Return the coefficients, which sum to 1, of averages of so many models by these rules, and the relative error.
+def synthesis(tracks: Sequence[tuple[int, PowerEMA]], num_models: int, rule: PowerEMA) -> tuple[list[float], float]:
+    """Return the coefficients of averages, given as (number of models, rule), and the relative error of their sum.
 
-    The last is expressed by the others, and QR factors of blocks of models are stacked: no Gram matrix, which would
-    square the condition number. Memory: 64 Ki models for each track.
+    The last coefficient is 1 minus the others. The QR factor is updated block by block instead of a Gram matrix, which
+    would square the condition number. Memory: 64 Ki models per average.
     """
-    triangle = torch.empty(0, len(tracks), dtype=torch.float64)
-    squares = 0.0
+    r_factor = torch.empty(0, len(tracks), dtype=torch.float64)
+    target_norm = 0.0
     for first in range(1, num_models + 1, _CHUNK_MODELS):
         models = torch.arange(first, min(first + _CHUNK_MODELS, num_models + 1), dtype=torch.float64)
-        *others, last = (_power_coefficients(models, n, rule) for n, rule in tracks)
-        aim = _power_coefficients(models, num_models, target)
-        squares += float(aim.square().sum())
-        block = torch.stack([*(other - last for other in others), aim - last], dim=1)
-        triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R
-    matrix, aim = triangle[:, :-1], triangle[:, -1]
-    solution = torch.linalg.lstsq(matrix, aim[:, None], driver="gelsd").solution[:, 0]
-    error = float((matrix @ solution - aim).norm()) / math.sqrt(squares)
-    others = solution.tolist()
-    return [*others, 1 - math.fsum(others)], error
+        *others, last = (_power_coefficients(models, n, track) for n, track in tracks)
+        target = _power_coefficients(models, num_models, rule)
+        target_norm = math.hypot(target_norm, float(target.norm()))
+        block = torch.stack([*(other - last for other in others), target - last], dim=1)
+        r_factor = torch.linalg.qr(torch.cat([r_factor, block]), mode="r").R
+    matrix, target = r_factor[:, :-1], r_factor[:, -1]
+    solution = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
+    coefficients = solution.tolist()
+    return [*coefficients, 1 - math.fsum(coefficients)], float((matrix @ solution - target).norm()) / target_norm
 
 
 def _power_coefficients(models: Tensor, num_models: int, rule: PowerEMA) -> Tensor:
@@ -89,9 +88,10 @@ def _power_coefficients(models: Tensor, num_models: int, rule: PowerEMA) -> Tens
 
 
 def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[int, PowerEMA]]]:
-    """Return the averages by `PowerEMA` in a checkpoint, with how many models they average."""
+    """Return the averages by `PowerEMA` in a checkpoint, with their numbers of models and rules."""
     reader = open_reader(path)
-    averages = averages_in(reader) if isinstance(reader, CheckpointReader) else {}
+    entries = entries_in(reader) if isinstance(reader, CheckpointReader) else {}
+    averages = {name: entry.average for name, entry in entries.items() if entry.average}
     found = []
     for name, average in averages.items():
         match = re.fullmatch(r"PowerEMA\(sigma_rel=([0-9.e-]+)\)", average.rule)
@@ -105,6 +105,6 @@ def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[i
     if not found:
         rules = ", ".join(f"{name} by {average.rule}" for name, average in averages.items()) or "no average"
         raise ValueError(
-            f"synthesize needs averages by PowerEMA, got {key=} and {rules} in {path}; pass a run's with such"
+            f"synthesize needs averages by PowerEMA, got {key=} and {rules} in {path}; pass checkpoints that have them"
         )
     return found
