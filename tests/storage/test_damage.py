@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa import EMA, SWA, Equal, ShardedAverage, Window, checkpoint
 from dist_swa.averaging.rules import Rule
-from dist_swa.storage import save_load
+from dist_swa.storage import writer
 from dist_swa.storage.save_load import save_async
 from models import Net, build, group_of, same_bits, trajectory, wrap, write
 from ranks import on_ranks, run_on_ranks
@@ -379,7 +379,7 @@ def test_entries_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Neither those that are no tensors, nor a tensor's place in a file, which `.metadata` may have moved."""
     folder, marker, training = tmp_path / "checkpoint", tmp_path / "code_ran", Training(models=1)
     with monkeypatch.context() as patch:
-        patch.setattr(save_load, "_is_readable", lambda _: True)
+        patch.setattr(writer, "_copy_of_value", lambda _, value: value)
         checkpoint.save(training.state() | {"evil": Touch(marker)}, folder)
     before = training.values()
     state = training.state() | {"evil": 0}
@@ -505,7 +505,7 @@ def test_without_averaging_state_one_warning_and_a_new_average(tmp_path: Path) -
     average.update()
     assert swa.step()
     state: dict[str, Any] = {"model": get_model_state_dict(training.model), "avg": average, "swa": swa}
-    with pytest.warns(UserWarning, match=r"no averaging state under \['avg', 'swa'\]: averaging starts anew") as warned:
+    with pytest.warns(UserWarning, match=r"nothing under \['avg', 'swa'\]: these entries are reset") as warned:
         checkpoint.load(state, tmp_path / "model only")
     assert len(warned) == 1
     assert (average.num_averaged, swa.num_averaged, swa.schedule.now.batches, swa.step()) == (0, 0, 0, True)
