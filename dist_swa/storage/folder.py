@@ -1,4 +1,4 @@
-"""CheckpointFolder: the checkpoints of one run, of which the newest few are kept."""
+"""CheckpointFolder: the newest checkpoints of one run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from dist_swa.storage.save_load import load, save, save_async
 from dist_swa.storage.writer import PARTIAL, remove
 
 _LOCK = ".lock"
-_REMOVED = ".removed"  # ends the hidden name of a checkpoint while it is removed
+_REMOVED = ".removed"  # suffix of the hidden name of a checkpoint while it is removed
 _STEP = re.compile(r"step-(\d{9}|[1-9]\d{9,})")
 _LEFTOVER = re.compile(rf"\.step-\d+({re.escape(PARTIAL)}|{re.escape(_REMOVED)})")
-_locked: list[int] = []  # descriptors of the lock files that this process holds, never closed
+_locked: list[int] = []  # descriptors of the lock files of this process, never closed
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: the folders ``step-<step>`` in `path`, of which the `keep` newest ones stay.
+    """The checkpoints of one run: folders ``step-<step>`` in `path`, of which the newest `keep` are kept.
 
-    Every rank builds it, with the same arguments, and calls its methods alike: they are collectives, on a gloo group
-    of its own, which the constructor makes. A checkpoint appears when it is whole. What a killed save, or a killed
-    removal, has left is hidden, and removed by the next run's constructor. All ranks see the same file system.
+    Every rank constructs it with the same arguments and makes the same calls. The methods are collectives on a gloo
+    group that the constructor makes, unless they say that they are local. A checkpoint appears when it is complete.
+    Files that a killed save or removal leaves have hidden names; the constructor of the next run removes them.
 
-    One run at a time: the first rank holds a lock on `path` until it ends. So ranks that a killed launcher left
-    behind keep the next run from starting; end them first. Other programs may read at any time, with
-    `checkpoint.load` and `open_checkpoint`.
+    Only one run may write: its first rank locks `path` until the process ends. Ranks that outlive a killed launcher
+    keep the lock; end them before the next run starts. Other programs may read at any time, with `checkpoint.load` and
+    `open_checkpoint`.
 
-    Raises ValueError for keep < 1, RuntimeError where another run holds the folder, and OSError where the folder cannot
-    be made or written to; on every rank alike, with nothing changed.
+    Raises on every rank, with nothing changed: ValueError if keep < 1, RuntimeError if another run has locked the
+    folder, OSError if the folder cannot be made or written to.
     """
 
     def __init__(self, path: str | Path, keep: int = 3) -> None:
@@ -48,33 +48,33 @@ class CheckpointFolder:
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._wait: Callable[[], None] | None = None
         with raise_on_all(self._group):
-            if self._is_first:
-                is_begin_of_run = _lock(self.path)
-                if is_begin_of_run:
-                    self._remove_leftovers()
+            if self._is_first and _lock(self.path):
+                for leftover in self.path.iterdir():
+                    if _LEFTOVER.fullmatch(leftover.name):
+                        remove(leftover)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save `state`, as `checkpoint.save` takes it, under the number `step`; then remove what is not to be kept.
+        """Save `state` as `checkpoint.save` does, as number `step`; then remove the checkpoints beyond `keep`.
 
-        Raises ValueError unless `step` comes after all that are there, and what `checkpoint.save` raises: OSError
-        where the disk is full or the folder read-only. The checkpoints that were there stay then.
+        Raises ValueError unless `step` is later than all saved steps, and the errors of `checkpoint.save`, such as
+        OSError if the disk is full or the folder is read-only. The older checkpoints are kept then.
         """
         self.wait()
-        save(state, self._place_for(step), process_group=self._group)
+        save(state, self._new_folder(step), process_group=self._group)
         self._remove_old()
 
     def save_async(self, step: int, state: Mapping[str, Any]) -> None:
-        """Do as `save`, in a thread: return when the state is copied, and training may go on to change it.
+        """Save as `save` does, in a thread: return when the state is copied, so that training may change it.
 
-        An error in the thread is raised by the next `wait`, `save` or `save_async`, on every rank alike. Call `wait`
+        The next `wait`, `save`, `save_async` or `load_latest` raises an error of the thread, on every rank. Call `wait`
         at the end of the run, before the process group is destroyed. Memory: a copy on the CPU of all that this rank
-        holds of the state.
+        has of the state.
         """
         self.wait()
-        self._wait = save_async(state, self._place_for(step), process_group=self._group)
+        self._wait = save_async(state, self._new_folder(step), process_group=self._group)
 
     def wait(self) -> None:
-        """Wait until the last `save_async` is whole, if there was one, and raise what it met with."""
+        """Wait for the last `save_async`, if there was one, and raise its error."""
         if self._wait is None:
             return
         wait, self._wait = self._wait, None
@@ -82,10 +82,10 @@ class CheckpointFolder:
         self._remove_old()
 
     def load_latest(self, state: dict[str, Any]) -> int | None:
-        """Load the newest checkpoint into `state`, as `checkpoint.load` does, and return its step; None without one.
+        """Load the newest checkpoint into `state`, as `checkpoint.load` does; return its step, or None without one.
 
-        A damaged newest checkpoint raises, as `checkpoint.load` does; the message names the file. To go on from the
-        one before, remove that folder.
+        A newest checkpoint that is damaged raises, as `checkpoint.load` does, and the message names the file. To load
+        the checkpoint before it, remove its folder.
         """
         self.wait()
         step = self._latest()
@@ -94,7 +94,7 @@ class CheckpointFolder:
         return step
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are there, in order, damaged ones too. Local."""
+        """Return the steps of all checkpoints, in ascending order, including damaged ones. Local."""
         folders = [folder for folder in self.path.iterdir() if folder.is_dir()]
         return sorted(int(found[1]) for folder in folders if (found := _STEP.fullmatch(folder.name)))
 
@@ -111,7 +111,7 @@ class CheckpointFolder:
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
 
-    def _place_for(self, step: int) -> Path:
+    def _new_folder(self, step: int) -> Path:
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"save needs a step that is a whole number from 0 on, got {step=}; count optimizer steps")
         latest = self._latest()
@@ -127,26 +127,21 @@ class CheckpointFolder:
             if self._is_first:
                 for step in self.steps()[: -self._keep]:
                     folder = self._folder_of(step)
-                    remove(folder.rename(folder.with_name(f".{folder.name}{_REMOVED}")))  # whole, or not there
-
-    def _remove_leftovers(self) -> None:
-        for folder in self.path.iterdir():
-            if _LEFTOVER.fullmatch(folder.name):
-                remove(folder)
+                    remove(folder.rename(folder.with_name(f".{folder.name}{_REMOVED}")))  # never partly visible
 
 
 def _lock(path: Path) -> bool:
-    """Make the folder and lock it, until this process ends, however it ends; False where this process had it before.
+    """Make the folder and lock it until this process ends; return False if this process had locked it before.
 
-    RuntimeError where another one has it.
-    By flock, not lockf: that lock would end when anything in this process has read the file, as a backup does.
+    Raises RuntimeError if another process has locked it. Uses flock, because a lockf lock ends when this process closes
+    any descriptor of the file, as a backup does.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         file = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OSError(error.errno, f"CheckpointFolder needs to write there: {error.strerror}", str(path)) from error
-    if any(os.path.sameopenfile(file, mine) for mine in _locked):  # two objects of one process, one run
+    if any(os.path.sameopenfile(file, mine) for mine in _locked):  # one process is one run
         os.close(file)
         return False
     try:
@@ -166,10 +161,10 @@ def _lock(path: Path) -> bool:
     return True
 
 
-def _leave_locks() -> None:
-    """Let a forked child, as a worker of a DataLoader, not hold the folder when its parent has ended."""
+def _close_locks() -> None:
+    """Close the lock files in a forked child, such as a DataLoader worker: it would keep the lock of its parent."""
     while _locked:
         os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_leave_locks)
+os.register_at_fork(after_in_child=_close_locks)

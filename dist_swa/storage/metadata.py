@@ -1,8 +1,8 @@
-"""DCP's `.metadata`, read without running code.
+"""Read DCP's `.metadata` without running code.
 
-It is a pickle, and pickle runs whatever code a file names. Here a file may name what stands in `_ALLOWED`, class by
-class: with a prefix such as "torch." it would reach `os.system`, by a dotted name through any module that imports it.
-Nor may it change what it has named: BUILD sets attributes of any object, of a class as well.
+The file is a pickle, and unpickling calls whatever the file names. Here a file may name only the members of
+`_ALLOWED`. A prefix such as "torch." would not be safe: many modules of torch import `os`, so that a dotted name
+reaches `os.system`. The opcode BUILD may set fields of DCP's dataclasses only; pickle lets it change any object.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import torch
@@ -35,70 +36,24 @@ _ALLOWED = {
     *_DATACLASSES,
     (f"{_DCP}metadata", "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # looks the name up in a table
+    ("torch.serialization", "_get_layout"),  # a lookup in a table
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
-_TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+_TUPLE_OPCODES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _PRIME = 2**127 - 1
 
 
 def read_metadata(file: IO[bytes]) -> Metadata:
-    """Return the metadata in `file`; UnpicklingError where it wants to run code, any Exception where it is damaged."""
+    """Return the metadata in `file`; UnpicklingError if it asks to run code, TypeError or ValueError if damaged."""
     try:
         metadata = _Unpickler(file).load()
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # as IndexError, where it takes from an empty stack
+    except Exception as error:  # damaged opcodes raise anything, such as IndexError
         raise ValueError(f"it is no pickle of metadata ({type(error).__name__}: {error})") from error
-    return _checked(metadata)
-
-
-def _shallow(load_tuple: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Let an opcode nest tuples no deeper than ((2, 3),), as arguments are: to hash a deep one would crash."""
-
-    def load(self: _Unpickler) -> None:
-        load_tuple(self)
-        if any(isinstance(inner, tuple) for value in self.stack[-1] if isinstance(value, tuple) for inner in value):
-            raise pickle.UnpicklingError("it has tuples in tuples in tuples, which are not in the metadata of tensors")
-
-    return load
-
-
-class _Unpickler(pickle._Unpickler):
-    """The one in Python, not in C: its opcodes can be replaced."""
-
-    stack: list[Any]
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is not in the metadata of tensors")
-        return super().find_class(module, name)
-
-    def load_build(self) -> None:
-        """Set fields of a dataclass, and nothing else."""
-        state, built = self.stack.pop(), self.stack[-1]
-        kind = type(built)
-        if kind is TensorProperties:
-            built.__setstate__(state)
-        elif (kind.__module__, kind.__name__) in _DATACLASSES and state.keys() <= kind.__dataclass_fields__.keys():
-            vars(built).update(state)
-        else:
-            raise pickle.UnpicklingError(
-                f"it wants to change a {kind.__name__}, which is not in the metadata of tensors"
-            )
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        **{code[0]: _shallow(pickle._Unpickler.dispatch[code[0]]) for code in _TUPLES},
-        pickle.BUILD[0]: load_build,
-    }
-
-
-def _checked(metadata: Any) -> Metadata:
-    """Return `metadata`; TypeError or ValueError unless all that is used is as DCP writes it."""
     if not isinstance(metadata, Metadata):
         raise TypeError(f"it holds {type(metadata).__name__} where Metadata should be")
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -106,28 +61,83 @@ def _checked(metadata: Any) -> Metadata:
     for name, expected in types.items():
         if not isinstance(value := getattr(metadata, name), expected):
             raise TypeError(f"it holds {type(value).__name__} where a {expected.__name__} should be")
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(key, str):
-            raise TypeError(f"it holds {key!r} where a key should be")
-        match entry:
-            case BytesStorageMetadata():
-                pass
-            case TensorStorageMetadata(
-                properties=TensorProperties(dtype=torch.dtype()), size=torch.Size(), chunks=list()
-            ) if all(map(_is_chunk, entry.chunks)):
-                if not _fill(entry.chunks, entry.size):
-                    raise ValueError(f"its parts of {key} do not make up the shape {tuple(entry.size)}")
-            case _:
-                raise TypeError(f"it does not describe {key} as a tensor or a value")
     for index, place in metadata.storage_data.items():
-        match index, place:
-            case MetadataIndex(fqn=str()), object(relative_path=str(), offset=int(start), length=int(length)) if (
-                start >= 0 and length >= 0
-            ):
-                pass
-            case _:
-                raise TypeError(f"it holds {place!r} where the place of an entry should be")
+        _check_place(index, place)
+    for key, entry in metadata.state_dict_metadata.items():
+        _check_entry(key, entry)
+        _check_is_stored(key, entry, metadata.storage_data)
     return metadata
+
+
+def _refusal(what: str) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(f"it {what}, which is not in the metadata of tensors")
+
+
+def _limit_nesting(load_tuple: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Refuse tuples nested deeper than ((2, 3),): hashing a deep tuple overflows the C stack."""
+
+    def load(self: _Unpickler) -> None:
+        load_tuple(self)
+        if any(isinstance(inner, tuple) for value in self.stack[-1] if isinstance(value, tuple) for inner in value):
+            raise _refusal("has tuples in tuples in tuples")
+
+    return load
+
+
+class _Unpickler(pickle._Unpickler):
+    """The unpickler written in Python: the one in C does not let its opcodes be replaced."""
+
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise _refusal(f"wants to run {module}.{name}")
+        return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Set fields of one of DCP's dataclasses, and nothing else."""
+        state, built = self.stack.pop(), self.stack[-1]
+        cls = type(built)
+        if cls is TensorProperties:
+            built.__setstate__(state)
+        elif (cls.__module__, cls.__name__) in _DATACLASSES and state.keys() <= cls.__dataclass_fields__.keys():
+            vars(built).update(state)
+        else:
+            raise pickle.UnpicklingError(
+                f"it wants to change a {cls.__name__}, which is not in the metadata of tensors"
+            )
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        **{code[0]: _limit_nesting(pickle._Unpickler.dispatch[code[0]]) for code in _TUPLE_OPCODES},
+        pickle.BUILD[0]: load_build,
+    }
+
+
+def _check_place(index: Any, place: Any) -> None:
+    match index, place:
+        case MetadataIndex(fqn=str()), object(relative_path=str(name), offset=int(start), length=int(length)) if (
+            start >= 0 and length >= 0
+        ):
+            if Path(name).name != name:
+                raise ValueError(f"it names a file outside of the folder, {name!r}")
+        case _:
+            raise TypeError(f"it holds {place!r} where the place of an entry should be")
+
+
+def _check_entry(key: Any, entry: Any) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"it holds {key!r} where a key should be")
+    match entry:
+        case BytesStorageMetadata():
+            pass
+        case TensorStorageMetadata(
+            properties=TensorProperties(dtype=torch.dtype()), size=torch.Size(), chunks=list()
+        ) if all(map(_is_chunk, entry.chunks)):
+            if not _cover(entry.chunks, entry.size):
+                raise ValueError(f"its parts of {key} do not make up the shape {tuple(entry.size)}")
+        case _:
+            raise TypeError(f"it does not describe {key} as a tensor or a value")
 
 
 def _is_chunk(chunk: Any) -> bool:
@@ -137,12 +147,28 @@ def _is_chunk(chunk: Any) -> bool:
     return False
 
 
-def _fill(chunks: Sequence[ChunkStorageMetadata], shape: torch.Size) -> bool:
-    """Whether `chunks` cover each element of a tensor of this shape once, and nothing else.
+def _check_is_stored(key: str, entry: Any, places: dict[MetadataIndex, Any]) -> None:
+    """Raise ValueError unless each chunk has a place in a file, with room for its elements."""
+    needed = {MetadataIndex(key): 0}  # bytes at each place; a value may have any length
+    if isinstance(entry, TensorStorageMetadata):
+        size = entry.properties.dtype.itemsize
+        needed = {MetadataIndex(key, chunk.offsets): prod(chunk.sizes) * size for chunk in entry.chunks}
+    for index, num_bytes in needed.items():
+        if (place := places.get(index)) is None:
+            raise ValueError(f"it does not say where {key} is")
+        if place.length < num_bytes and not getattr(place, "transform_descriptors", None):  # such as compression
+            raise ValueError(f"it puts {num_bytes} bytes of {key} into {place.length}")
 
-    Let the element (i, j) weigh x**i * y**j, for x and y drawn at random, modulo a prime. What a box weighs is then a
-    product of geometric series, and the boxes weigh as much as the shape does only if they fill it, whatever their
-    layout; else with a probability below 1e-15. In linear time, where comparing pairs would take quadratic time.
+
+def _cover(chunks: Sequence[ChunkStorageMetadata], shape: torch.Size) -> bool:
+    """Return whether `chunks` contain each element of a tensor of this shape exactly once, and nothing else.
+
+    Give the element (i, j) the weight x**i * y**j, for random x and y, modulo a prime. The weight of a box is then a
+    product of geometric series. The chunks weigh as much as the whole shape if they cover it; if they do not, the
+    weights are equal with a probability below 1e-15. The time is linear in the number of chunks.
+
+    DCP validates the plan of a save with a private function. It compares pairs of chunks, so that a hostile file of
+    overlapping chunks takes quadratic time and memory, and it does not check 0-dim tensors.
     """
     bases = [secrets.randbelow(_PRIME) for _ in shape]
 

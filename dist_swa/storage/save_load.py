@@ -1,21 +1,15 @@
-"""Saving and loading: torch.distributed.checkpoint (DCP) with checksums, errors that all ranks share, and no pickle."""
+"""Save and load: torch.distributed.checkpoint (DCP) with checksums, without pickle, and with errors on every rank."""
 
 from __future__ import annotations
 
-import copy
-import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -23,26 +17,26 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.reader import CheckpointReader, LoadPlannerWithoutPickle, open_checkpoint
-from dist_swa.storage.writer import CheckpointWriter
+from dist_swa.storage.writer import CheckpointWriter, SavePlannerWithoutPickle
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """What `load` asks of an entry that has these methods, beside those of ``Stateful``."""
+    """A ``Stateful`` that checks a checkpoint before `load` changes anything, and can be reset."""
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise, before anything is read, where `load_state_dict` cannot take `saved`. Local.
+        """Raise if `load_state_dict` could not load `saved`. Local.
 
-        `saved` maps the keys of the entry, such as "slots.0.weight", to values that are read on access. It is empty
-        where the checkpoint has nothing of the entry.
+        `saved` maps the keys of the entry in the checkpoint, such as "layers.0.weight", to their values, which are
+        read on access. It is empty if the checkpoint has nothing of the entry; `reset` is called then.
         """
 
     def reset(self) -> None:
-        """Start anew: the checkpoint has nothing of the entry."""
+        """Set the initial state. Local."""
 
 
 class SavedEntry(Mapping[str, Any]):
-    """The keys of one entry of a checkpoint, and their values, which are read on access."""
+    """One entry of a checkpoint: its values by their keys below the entry, read on access."""
 
     def __init__(self, reader: CheckpointReader, entry: str) -> None:
         self._reader, self._prefix = reader, f"{entry}."
@@ -62,36 +56,36 @@ def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.Proc
     """Save a state dict, as dcp.save takes it, into the new folder `path`. A collective of `process_group`.
 
     Entries may be ``Stateful``, nested dicts, tensors, and values that torch.load reads with ``weights_only=True``.
-    Plain tensors are written by the first rank that has them: buffers that differ between ranks are the first rank's.
-    Without a process group, one process saves alone. Memory: one tensor on its way to the CPU.
+    A plain tensor that several ranks have is written by the first of them, so buffers that differ between ranks are
+    saved from the first. Without a process group, one process saves alone. Memory: one tensor in transit to the CPU.
 
-    Raises TypeError for other values, FileExistsError where `path` is there already, and OSError where it cannot be
-    written (disk full, no permission), on every rank alike; then no checkpoint appears.
+    Raises TypeError for other values, FileExistsError if `path` exists, and OSError if it cannot be written (disk
+    full, no permission), on every rank; no checkpoint appears then.
     """
-    states = _states_to_save(state, process_group)
+    planner = _plan_save(state, process_group)
     writer = CheckpointWriter(Path(path))
     with writer.cleaned_up(), unwrap_dcp_errors(), no_group_is_fine():
-        dcp_save(states, storage_writer=writer, planner=_save_planner(), process_group=process_group)
+        dcp_save(planner.state_dict, storage_writer=writer, planner=planner, process_group=process_group)
 
 
 def save_async(
     state: Mapping[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None
 ) -> Callable[[], None]:
-    """Copy the state to the CPU and save it in a thread; return a function that waits for the end.
+    """Copy the state to the CPU and save it in a thread; return a function that waits for the thread.
 
-    Every rank calls both; the second raises what `save` raises, the first TypeError alone. `process_group` needs a CPU
-    backend (gloo), and to be nobody else's while the thread runs: collectives of the training on the same group would
-    mix with those of the save. Without torch.distributed it saves at once. Memory: a copy on the CPU of all that this
-    rank holds of the state, until the end.
+    Every rank calls both. `save_async` raises TypeError as `save` does; the returned function raises all other errors.
+    `process_group` needs a CPU backend (gloo), and nothing else may use it while the thread runs: collectives of the
+    training would mix with those of the save. Without torch.distributed the save is synchronous. Memory: a copy on the
+    CPU of all that this rank has of the state, until the thread ends.
     """
     if not dist.is_initialized():
         save(state, path)
         return lambda: None
-    states = _states_to_save(state, process_group)
-    with raise_on_all(process_group):
-        staged: Any = _copied(states)
-    writer = CheckpointWriter(Path(path))  # its own stager, too, which need not copy again
-    future: Any = dcp_async_save(staged, storage_writer=writer, planner=_save_planner(), process_group=process_group)
+    planner = _plan_save(state, process_group, copy_to_cpu=True)
+    writer = CheckpointWriter(Path(path))
+    future: Any = dcp_async_save(
+        planner.state_dict, storage_writer=writer, planner=planner, process_group=process_group
+    )
 
     def wait() -> None:
         with writer.cleaned_up(), unwrap_dcp_errors():
@@ -103,14 +97,13 @@ def save_async(
 def load(state: dict[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
     """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
 
-    The number of ranks and the wrappers may be others than those of the save. An entry that is `Checked`, such as an
-    average, is reset where the checkpoint has nothing of it, with one warning. A checkpoint by plain dcp.save has no
-    checksums: one warning says that damage inside tensors is not detected.
+    The number of ranks and the wrappers may differ from those of the save. An entry that is `Checked` is reset if the
+    checkpoint has nothing of it, with one warning. A checkpoint that plain dcp.save wrote has no checksums: one warning
+    says that damage inside tensors is not detected.
 
-    Raises on every rank alike, and before anything has changed: CheckpointError for a checkpoint that is damaged,
-    incomplete or would run code, ValueError for one that does not fit the state. (Where a file fails while it is read
-    for the second time, part of the state may have been written.) Costs: every file is read once more for its
-    checksum, each by one of the ranks.
+    Raises on every rank, before anything has changed: CheckpointError if the checkpoint is damaged, incomplete or asks
+    to run code, ValueError if it does not fit the state. (If a file fails when it is read for the second time, part of
+    the state may have been written.) Cost: the ranks together read every file once more, for its checksum.
     """
     with raise_on_all(process_group):
         _check_is_dict(state)
@@ -122,20 +115,14 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
                 " unnoticed",
                 stacklevel=2,
             )
-        saved = {key: SavedEntry(reader, key) for key, value in state.items() if isinstance(value, Checked)}
-        for key, entry in saved.items():
-            try:
-                state[key].check_saved(entry)
-            except ValueError as error:
-                raise ValueError(f"{error} (entry {key!r} of {path})") from error
-        if anew := {key for key, entry in saved.items() if not entry}:
-            warnings.warn(f"{path} has no averaging state under {sorted(anew)}: averaging starts anew", stacklevel=2)
-    states = _states({key: value for key, value in state.items() if key not in anew}, process_group)
+        if missing := _check_entries(state, reader):
+            warnings.warn(f"{path} has nothing under {missing}: these entries are reset", stacklevel=2)
+    states = _state_dicts({key: value for key, value in state.items() if key not in missing}, process_group)
     planner = LoadPlannerWithoutPickle(reader)
     with unwrap_dcp_errors(), no_group_is_fine():
         dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
     with raise_on_all(process_group):
-        for key in anew:
+        for key in missing:
             state[key].reset()
         for key, loaded in states.items():
             if isinstance(state[key], Stateful):
@@ -149,71 +136,44 @@ def _check_is_dict(state: Any) -> None:
         raise TypeError(f"a checkpoint needs a state dict, got state={type(state).__name__}; pass a dict")
 
 
-def _states_to_save(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Return `_states`; TypeError where a load would take one of their values for damage."""
+def _check_entries(state: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
+    """Check the entries that are `Checked`, and return those of which the checkpoint has nothing."""
+    missing = []
+    for key in sorted(key for key, value in state.items() if isinstance(value, Checked)):
+        saved = SavedEntry(reader, key)
+        try:
+            state[key].check_saved(saved)
+        except ValueError as error:
+            raise ValueError(f"{error} (entry {key!r} of {reader.folder})") from error
+        if not saved:
+            missing.append(key)
+    return missing
+
+
+def _plan_save(
+    state: Mapping[str, Any], group: dist.ProcessGroup | None, copy_to_cpu: bool = False
+) -> SavePlannerWithoutPickle:
     with raise_on_all(group):
         _check_is_dict(state)
-    states = _states(state, group)
+    states = _state_dicts(state, group)
     with raise_on_all(group):
-        for key, value in _leaves(states):
-            if not _is_readable(value):
-                raise TypeError(
-                    "save needs tensors and values that torch.load reads with weights_only=True, got"
-                    f" {key}={type(value).__name__}; save what it consists of, as numbers, text, lists and tensors"
-                )
-    return states
+        return SavePlannerWithoutPickle(states, copy_to_cpu)
 
 
-def _is_readable(value: Any) -> bool:
-    """Whether torch.load gives `value` back, with ``weights_only=True``; tensors it does, so they are not copied."""
-    if isinstance(value, Tensor) or value is None or type(value) in (bool, int, float, str):
-        return True
-    file = io.BytesIO()
-    try:
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    return True
+def _state_dicts(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Call `state_dict` of the entries that have it, sorted by key on every rank, because it may communicate.
 
-
-def _states(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Return the state dicts of what is ``Stateful``, and the rest as it is; in one order, for they may communicate."""
+    DCP does the same, but an error on one rank would leave the others waiting.
+    """
     with raise_on_all(group):
         return {
             key: value.state_dict() if isinstance(value, Stateful) else value for key, value in sorted(state.items())
         }
 
 
-def _copied(tree: Any) -> Any:
-    """Return a copy on the CPU; DCP's own stagers fail on what FSDP1 gives, or leave 0-dim DTensors uncopied."""
-    if isinstance(tree, Tensor):
-        with torch.no_grad():
-            return tree.to("cpu", copy=True)
-    if isinstance(tree, Mapping):
-        return {key: _copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value) for value in tree)
-    return copy.deepcopy(tree)
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what is in dicts and lists, with its keys, as DCP does."""
-    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        if isinstance(value, Mapping) or type(value) is list:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _save_planner() -> SavePlanner:
-    return DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # else DCP mixes the ranks' buffers
-
-
 @contextmanager
 def unwrap_dcp_errors() -> Iterator[None]:
-    """Turn DCP's exception, which is no ``Exception``, into the first rank's error that is in it."""
+    """Raise the first rank's error in place of DCP's CheckpointException, which is not an ``Exception``."""
     try:
         yield
     except CheckpointException as error:
@@ -224,7 +184,7 @@ def unwrap_dcp_errors() -> Iterator[None]:
 
 @contextmanager
 def no_group_is_fine() -> Iterator[None]:
-    """Silence DCP's warning about a single process without a process group, which is what was asked for."""
+    """Suppress DCP's warning that there is no process group: one process alone is supported."""
     with warnings.catch_warnings():
         if not dist.is_initialized():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

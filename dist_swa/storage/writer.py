@@ -1,4 +1,4 @@
-"""Writing a checkpoint that appears when it is whole, with the checksums of its files."""
+"""Write a checkpoint, with the checksums of its files, that appears under its path only when it is complete."""
 
 from __future__ import annotations
 
@@ -6,39 +6,65 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dist_swa.storage.reader import METADATA, SUMS, WRITER, as_text
+from dist_swa.storage.reader import METADATA, SUMS, WRITER, format_sums
 
-PARTIAL = ".partial"  # ends the hidden name under which a checkpoint is written
+PARTIAL = ".partial"  # suffix of the hidden name under which a checkpoint is written
 _BUFFER_BYTES = 1 << 20
 
 
-class CheckpointWriter(FileSystemWriter):
-    """Writes files and their checksums into a hidden folder, and renames it to `path` when it is whole.
+class SavePlannerWithoutPickle(DefaultSavePlanner):
+    """Plans to save `state`, nested dicts and lists; raises TypeError for values that a load would not read.
 
-    Everything that the ranks share is done by the coordinator between DCP's collectives, so that its errors are
-    everybody's. Checksums travel to it as the results of one more item per file.
+    DCP flattens the state once, here, before its collectives. With `copy_to_cpu`, the plan has copies of all tensors:
+    DCP's own stagers do not copy ShardedTensors of FSDP1 and 0-dim DTensors.
+    """
+
+    def __init__(self, state: Mapping[str, Any], copy_to_cpu: bool = False) -> None:
+        super().__init__(dedup_save_to_lowest_rank=True)  # otherwise a checkpoint has buffers of several ranks
+        super().set_up_planner(dict(state))
+        with torch.no_grad():
+            for key, value in self.state_dict.items():
+                if not isinstance(value, Tensor):
+                    self.state_dict[key] = _copy_of_value(key, value)
+                elif copy_to_cpu:
+                    self.state_dict[key] = value.to("cpu", copy=True)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.is_coordinator = is_coordinator
+
+
+class CheckpointWriter(FileSystemWriter):
+    """Writes files and their checksums into a hidden folder, and renames it to `path` when it is complete.
+
+    The coordinator does everything outside of the files of one rank, between DCP's collectives, so that its errors are
+    raised on every rank. It receives the checksums as the results of one more item per file.
     """
 
     def __init__(self, path: Path, *, one_file_per_tensor: bool = False) -> None:
         self._path = path
-        # torch holds all tensors of a file until the file is closed
+        # torch keeps all tensors of a file in memory until it closes the file.
         super().__init__(path.with_name(f".{path.name}{PARTIAL}"), single_file_per_rank=not one_file_per_tensor)
         self.fs = self._files = _HashingFileSystem()
         self._must_clean_up = False
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return state_dict  # which `save_async` has copied
+        return state_dict  # the planner has copied it
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -47,7 +73,7 @@ class CheckpointWriter(FileSystemWriter):
         if self._path.exists():
             raise FileExistsError(f"save needs a path where nothing is yet, got {self._path}; choose another one")
         partial = Path(self.path)
-        remove(partial)  # a killed save left it
+        remove(partial)  # left by a killed save
         partial.mkdir(parents=True)
         self._must_clean_up = True
         return super().prepare_global_plan(plans)
@@ -64,7 +90,7 @@ class CheckpointWriter(FileSystemWriter):
         super().finish(metadata, [[r for r in part if not isinstance(r.storage_data, str)] for part in results])
         sums[METADATA] = self._files.digests[METADATA]
         with self.fs.create_stream(Path(self.path) / SUMS, "wb") as file:
-            file.write(as_text(sums).encode())
+            file.write(format_sums(sums).encode())
             file.flush()
             os.fsync(file.fileno())
         sync_folder(Path(self.path))
@@ -77,7 +103,7 @@ class CheckpointWriter(FileSystemWriter):
 
     @contextmanager
     def cleaned_up(self) -> Iterator[None]:
-        """Remove what a failed save has written, which may be what filled the disk."""
+        """Remove the files of a failed save, which may have filled the disk."""
         try:
             yield
         finally:
@@ -86,10 +112,10 @@ class CheckpointWriter(FileSystemWriter):
 
 
 class _HashingFileSystem(FileSystem):
-    """Computes the checksum of each file as it is written, and names the file in errors."""
+    """Computes the checksum of each file while it is written, and names the file in errors."""
 
     def __init__(self) -> None:
-        self.digests: dict[str, str] = {}  # by the names of files
+        self.digests: dict[str, str] = {}  # by file name
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -115,8 +141,24 @@ class _HashedFile(io.BufferedWriter):
         return super().write(data)
 
 
+def _copy_of_value(key: str, value: Any) -> Any:
+    """Return `value` as a load would return it, or raise TypeError if a load would refuse it."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            "save needs tensors and values that torch.load reads with weights_only=True, got"
+            f" {key}={type(value).__name__}; save what it consists of, as numbers, text, lists and tensors"
+        ) from error
+
+
 def remove(path: Path) -> None:
-    """Remove what is at `path`, if there is anything: a file, a folder, or a link and not where it leads."""
+    """Remove a file, a folder, or a link without its target, if there is one at `path`."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -124,7 +166,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Let names of files last over a crash of the machine, as their contents do."""
+    """Write the names of the files in a folder to the disk, so that they survive a crash of the machine."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
