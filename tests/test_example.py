@@ -1,4 +1,4 @@
-"""The main job, end to end: through torchrun and without it, ended by a signal and resumed on other ranks."""
+"""The example, end to end: with and without torchrun, ended by a signal, and resumed on other ranks."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROWS = ["last iterate", "averaged, stale BatchNorm", "averaged, recalibrated"]
 
 
 def start(folder: Path, *options: str, ranks: int | None = 2) -> subprocess.Popen[str]:
-    """Starts the example in `folder`; without `ranks`, as a plain Python program."""
+    """Start the example in `folder`; without `ranks`, as a plain Python program."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     outputs = ["--json=table.json", "--save=weights.pt", "--plot=plots/accuracy.png"]
     return subprocess.Popen(
@@ -38,11 +38,11 @@ def start(folder: Path, *options: str, ranks: int | None = 2) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Returns what the example printed, after a clean end."""
+    """Wait for a clean end; return what the example printed."""
     try:
         stdout, stderr = process.communicate(timeout=100)
     finally:
-        process.terminate()  # one that hangs; torchrun takes its ranks along
+        process.terminate()  # if it hangs; torchrun ends its ranks
     assert process.returncode == 0, stderr
     assert not re.search("warn|error|traceback|terminate called", stderr, re.IGNORECASE), stderr
     return stdout
@@ -54,14 +54,14 @@ def written(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run from start to end on two ranks, and what it printed."""
+    """Return the folder of an uninterrupted run on two ranks, and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, finish(start(folder))
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same run, ended by SIGTERM while averaging; another checkpoint was left incomplete."""
+    """Return the folder of the same run, ended by SIGTERM while averaging, with one incomplete checkpoint."""
     folder = tmp_path_factory.mktemp("ended")
     with start(folder, "--checkpoint-dir=checkpoints", "--checkpoint-every=2") as process:
         deadline = time.monotonic() + 100
@@ -83,10 +83,10 @@ def test_prints_the_table_and_draws_the_picture(uninterrupted: tuple[Path, str])
     assert printed.splitlines()[-3:] == lines
     picture = imread(folder / "plots/accuracy.png")
     assert picture.shape[:2] == (600, 1050)
-    assert picture[..., :3].std() > 0.05  # it shows something
+    assert picture[..., :3].std() > 0.05  # not blank
 
 
-def test_the_saved_model_has_the_last_row_of_the_table(uninterrupted: tuple[Path, str]) -> None:
+def test_the_saved_model_has_the_accuracy_of_the_last_row(uninterrupted: tuple[Path, str]) -> None:
     results, weights = written(uninterrupted[0])
     model, (images, labels) = example.build_model().eval(), example.load_data()[1]
     model.load_state_dict(weights)
@@ -98,7 +98,7 @@ def test_the_saved_model_has_the_last_row_of_the_table(uninterrupted: tuple[Path
     assert figures["accuracy"] > 90
 
 
-def test_resumed_it_ends_with_the_same_bits(uninterrupted: tuple[Path, str], ended: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: tuple[Path, str], ended: Path, tmp_path: Path) -> None:
     shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
     finish(start(tmp_path, "--checkpoint-dir=checkpoints"))
     (results, weights), (expected_results, expected_weights) = written(tmp_path), written(uninterrupted[0])

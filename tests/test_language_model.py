@@ -1,4 +1,4 @@
-"""The language model: FSDP2 with tensor parallelism, tied weights, and three averages at once."""
+"""The language model: FSDP2 with tensor parallelism, tied weights, and three averages."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def start(ranks: int, folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Return the table that the example printed, after a clean end."""
+    """Wait for a clean end; return the table that the example printed."""
     try:
         stdout, stderr = process.communicate(timeout=100)
     finally:
@@ -60,17 +60,17 @@ Launched = dict[int, tuple[dict[str, float], dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """What torchrun's four ranks, and its only one, printed and saved."""
+    """Return what the example printed and saved, on four ranks and on one."""
     folder = tmp_path_factory.mktemp("launched")
     processes = {ranks: start(ranks, folder) for ranks in (4, 1)}
     return {ranks: (finish(process), torch.load(folder / f"{ranks}.pt")) for ranks, process in processes.items()}
 
 
 class Record(NamedTuple):
-    """What the example did on the ranks of one process group, as the first of them saw it."""
+    """What the example did in a process group, on rank 0."""
 
     names: list[str]  # of the parameters
-    iterates: list[list[Tensor]]  # after each of UPDATES each parameter, whole, float64
+    iterates: list[list[Tensor]]  # every full parameter in float64, after each of UPDATES
     mesh_shapes: set[tuple[int, ...]]  # of the parameters
     figures: dict[str, float]
     averages: dict[str, dict[str, Tensor]]
@@ -103,7 +103,7 @@ def build() -> Any:
 
 
 def bits_per_byte(weights: dict[str, Tensor]) -> float:
-    """Return what the example's table should say of these weights, from the text alone."""
+    """Return the expected figure of these weights in the example's table."""
     model, (_, held_out) = build(), example.load_text()
     model.load_state_dict(weights)
     windows = torch.stack([held_out[16 * i : 16 * i + 17] for i in range(64)])
@@ -122,7 +122,7 @@ def test_four_ranks_print_the_same_figures_as_one(launched: Launched) -> None:
         torch.testing.assert_close(weight, weights_alone[name], rtol=0, atol=1e-4)
 
 
-def test_the_saved_model_is_the_average_that_was_printed(launched: Launched) -> None:
+def test_the_saved_model_has_the_printed_figure(launched: Launched) -> None:
     for table, weights in launched.values():
         assert weights.keys() == build().state_dict().keys()
         assert torch.equal(weights["tokens.weight"], weights["head.weight"])

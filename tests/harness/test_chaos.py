@@ -1,4 +1,4 @@
-"""Three kills of each kind of run; `launch/chaos` does thirty, and says more."""
+"""Three kills of each kind of run; `launch/chaos` makes thirty."""
 
 import random
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from chaos import Figures, on_example, on_trajectory
+from chaos import Figures, kill_example, kill_trajectory
 
 
-@pytest.mark.parametrize("kill", [on_example, on_trajectory])
-def test_killed_runs_end_with_the_bits_of_one_that_nobody_killed(
+@pytest.mark.parametrize("kill", [kill_example, kill_trajectory])
+def test_killed_runs_end_with_the_same_bits_as_one_that_was_not_killed(
     tmp_path: Path, kill: Callable[[int, random.Random, Path], Figures]
 ) -> None:
     figures = kill(3, random.Random(0), tmp_path)

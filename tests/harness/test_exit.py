@@ -1,4 +1,4 @@
-"""The end of a script: no rank aborts in a dying interpreter."""
+"""The end of a script: no rank aborts while the interpreter shuts down."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
-# The switch interval makes the rare end the usual one: gloo's thread gets the interpreter only from one that waits.
+# The long switch interval makes a rare abort frequent: gloo's thread gets the GIL only from a thread that waits.
 TRAINING = """
 import sys, time
 import torch, torch.distributed as dist

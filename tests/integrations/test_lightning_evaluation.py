@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cases import read
 from dist_swa.integrations.lightning import SWACallback
-from lightning_run import SCHEDULE, STEPS, Module, Stop, fit, lightnings_own_warnings, swa_of, trainer
+from lightning_run import SCHEDULE, STEPS, STRATEGIES, Module, Stop, fit, lightnings_own_warnings, swa_of, trainer
 from models import same_bits
 from ranks import on_ranks
 from small_run import GLOBAL_BATCH, loader, loss_of, mean_of, samples, statistics_of
@@ -99,7 +99,7 @@ class Resumed(Callback):
         self.weights, self.average = read(pl_module.net), swa_of(swa).average.full_state_dict()
 
 
-@both_strategies
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @on_ranks(2)
 def test_a_checkpoint_during_a_validation_has_the_trained_weights(strategy: str, tmp_path: Path) -> None:
     module, resumed = Saves(tmp_path / "saved"), Resumed()

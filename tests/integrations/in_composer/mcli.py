@@ -1,1 +1,1 @@
-"""Stands in for MosaicML's command line, which Composer imports for its logger, and no test uses."""
+"""Stand-in for MosaicML's command line, which Composer imports and no test uses."""

@@ -1,10 +1,10 @@
-"""Stands in for torchvision, whose wheel brings another torch: Composer imports names from it, which no test uses."""
+"""Stand-in for torchvision, whose wheel needs another torch: Composer imports names that no test uses."""
 
 import sys
 from types import ModuleType
 from typing import Any
 
-__path__: list[str] = []  # with modules below it, as a package
+__path__: list[str] = []  # makes this module a package
 
 
 class _Names(ModuleType):
