@@ -3,8 +3,8 @@
     accelerate launch --config_file launch/accelerate/fsdp2.yaml examples/train_accelerate.py --num-processes 2
     python examples/train_accelerate.py                 # a single process, without a launcher
 
-The other files in launch/accelerate are DDP, FSDP1, and all three for machines without a GPU. The comments "dist_swa:"
-mark all that weight averaging adds to an ordinary script.
+The other files in launch/accelerate are for DDP and FSDP1, and for machines without a GPU. Comments that begin with
+"dist_swa:" mark everything that weight averaging adds to the script.
 """
 
 import argparse
@@ -33,13 +33,13 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any) -> float:
 
 
 def noisy(labels: Tensor) -> Tensor:
-    """Return labels of which some are wrong, other ones at every presentation."""
+    """Return labels of which some are wrong. The wrong ones are drawn anew in each call."""
     is_wrong = torch.rand(labels.shape, device=labels.device) < WRONG_LABELS
     return (labels + is_wrong * torch.randint_like(labels, 1, 10)) % 10
 
 
 def train(args: argparse.Namespace) -> None:
-    # One global batch for any number of processes, in an order that depends on seed and epoch only.
+    # The global batches do not depend on the number of processes; their order depends on seed and epoch only.
     data_config = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
     accelerator = Accelerator(dataloader_config=data_config)
     set_seed(args.seed)
@@ -55,14 +55,14 @@ def train(args: argparse.Namespace) -> None:
         accelerator,
         model,
         optimizer,
-        num_processes=args.num_processes,  # dist_swa: raises where the launch runs another number
+        num_processes=args.num_processes,  # dist_swa: raises if the launch runs another number
         max_duration=f"{args.epochs}ep",
         steps_per_epoch=len(loader),
         swa_start="0.5dur",
     )
     set_seed(args.seed, device_specific=True)
     if args.checkpoint and args.checkpoint.exists():
-        accelerator.load_state(args.checkpoint)  # dist_swa: the average, too
+        accelerator.load_state(args.checkpoint)  # dist_swa: also loads the average
 
     for epoch in range(swa.schedule.now.epochs, args.epochs):
         loader.set_epoch(epoch)
@@ -71,17 +71,17 @@ def train(args: argparse.Namespace) -> None:
                 accelerator.backward(F.cross_entropy(model(images), noisy(labels)))
                 optimizer.step()
                 optimizer.zero_grad()
-                swa.step()  # dist_swa: counts the optimizer's step, if it made one
+                swa.step()  # dist_swa: counts the optimizer step, if one was made
         if args.checkpoint:
-            accelerator.save_state(args.checkpoint)  # dist_swa: the average, too
+            accelerator.save_state(args.checkpoint)  # dist_swa: also saves the average
 
     last = evaluate(accelerator, model, test_loader)
-    swa.finalize(loader)  # dist_swa: the average is in the model now, BatchNorm recalibrated over all processes
+    swa.finalize(loader)  # dist_swa: the model has the average now, with BatchNorm recalibrated over all processes
     averaged = evaluate(accelerator, model, test_loader)
     accelerator.print(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}")
     accelerator.print(f"last iterate {last:10.2f} %\naveraged {averaged:14.2f} %")
-    accelerator.wait_for_everyone()  # no rank goes while another one still talks to it
-    time.sleep(0.1)  # gloo's thread lets go of the barrier, for which it needs the interpreter alive
+    accelerator.wait_for_everyone()  # a rank that exits early breaks the connections of the others
+    time.sleep(0.1)  # gloo's thread releases the barrier, for which it needs a live interpreter
     accelerator.end_training()
 
 
@@ -90,8 +90,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=int, default=20, help="length of the run")
     add("--lr", type=float, default=0.5, help="learning rate of SGD, constant")
-    add("--seed", type=int, default=0, help="of the initial weights, the order of the data and the wrong labels")
-    add("--num-processes", type=int, metavar="N", help="raise where the launch runs another number of processes")
+    add("--seed", type=int, default=0, help="seed of the initial weights, the order of the data and the wrong labels")
+    add("--num-processes", type=int, metavar="N", help="raise if the launch runs another number of processes")
     add("--checkpoint", type=Path, metavar="DIR", help="save after every epoch here, and resume from it")
     return parser.parse_args()
 

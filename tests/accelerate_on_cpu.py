@@ -1,6 +1,6 @@
-"""Accelerate on CPU ranks, with its own FSDP code, in place of which it otherwise runs DDP there, and says nothing.
+"""Run accelerate's own FSDP code on CPU ranks. Without this, accelerate silently runs DDP on a CPU.
 
-`enter_fsdp` does that for a process; as a script, this runs another one: ``accelerate launch ... THIS SCRIPT``.
+`enter_fsdp` switches a process. As a script, this file runs another one: ``accelerate launch ... THIS SCRIPT``.
 """
 
 import os
@@ -20,7 +20,7 @@ _ACCELERATES_OWN_WARNINGS = ("FSDP.state_dict_type.* are being deprecated", "Det
 
 
 def enter_fsdp() -> None:
-    """Let every new Accelerator of this process use FSDP where it was asked to."""
+    """Make every new Accelerator of this process use FSDP if it was asked to."""
     os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     for message in _ACCELERATES_OWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -39,7 +39,7 @@ def enter_fsdp() -> None:
 
 @contextmanager
 def launched(**environment: str) -> Iterator[None]:
-    """Let this rank of a test look launched by torchrun, with these variables; and forget all accelerators after it."""
+    """Set the variables that torchrun sets, and these, for this rank of a test. Reset accelerate's state on exit."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_FSDP": "false"} | environment

@@ -22,7 +22,7 @@ from dist_swa import recalibrate_batch_norm
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 
 _EVALUATE = ("averaged", "trained", "both")
-_FOLDER = "dist_swa"  # in each checkpoint
+_FOLDER = "dist_swa"  # inside checkpoint-N
 
 
 class SWAMixin(Trainer):
@@ -58,7 +58,7 @@ class SWAMixin(Trainer):
             raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
         self._swa_evaluate, self._swa_options = evaluate, options
         self._swa_finalize_options = dict(finalize_options or {})
-        # The first in the list: the other callbacks, which may save a checkpoint or the model, see the step counted.
+        # First in the list, because other callbacks may save a checkpoint after a step, or the model after the last.
         self.callback_handler.callbacks.insert(0, _SWAEvents(self))
 
     def evaluate(

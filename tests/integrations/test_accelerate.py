@@ -1,4 +1,4 @@
-"""Accelerate: DDP and its own FSDP1 and FSDP2 code, beside plain loops that know nothing of it."""
+"""Accelerate: DDP and its own FSDP1 and FSDP2 code, compared with plain loops."""
 
 import contextlib
 import gc
@@ -25,14 +25,15 @@ from accelerate_on_cpu import enter_fsdp, launched
 from dist_swa import SWA, recalibrate_batch_norm
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 from models import same_bits
-from ranks import run_on_ranks
+from ranks import on_ranks, run_on_ranks
+from small_run import full_tensors, mean
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH, STEPS, STOP, START = 24, 8, 5, 3
 OPTIONS: dict[str, Any] = {"max_duration": f"{STEPS}ba", "swa_start": f"{START}ba"}
 OPTIMIZERS: dict[str, Any] = {
     "ddp": torch.optim.AdamW,
-    "fsdp1": torch.optim.SGD,  # from SHARDED_STATE_DICT accelerate loads no optimizer state under FSDP1
+    "fsdp1": torch.optim.SGD,  # under FSDP1, accelerate loads no optimizer state from SHARDED_STATE_DICT
     "fsdp1 flat": torch.optim.SGD,
     "fsdp2": torch.optim.AdamW,
     "fsdp2 sgd": torch.optim.SGD,
@@ -42,7 +43,6 @@ WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": FullyShardedDataParallel, "
 
 @contextlib.contextmanager
 def accelerated(kind: str, **options: Any) -> Iterator[Accelerator]:
-    """A new accelerator of that kind on this rank."""
     environment = {"FSDP_VERSION": kind[4:5] or "1", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     environment |= {"ACCELERATE_USE_FSDP": str(kind != "ddp").lower(), "FSDP_USE_ORIG_PARAMS": str(kind == "fsdp1")}
     with launched(**environment):
@@ -55,7 +55,7 @@ def build() -> nn.Module:
 
 
 def batch(step: int) -> Tensor:
-    """This rank's part of a global batch."""
+    """Return this rank's part of a global batch."""
     given = torch.randn(GLOBAL_BATCH, 4, generator=torch.Generator().manual_seed(step))
     return given.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -65,8 +65,8 @@ def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-def plain_loop(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The average by `SWA` itself in a loop without accelerate, and the whole models that were averaged."""
+def plain_run(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Train without accelerate. Return the average by `SWA`, and the full tensors of each averaged model."""
     model = build()
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -75,16 +75,14 @@ def plain_loop(kind: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     else:
         model = FullyShardedDataParallel(model, use_orig_params=kind == "fsdp1", device_id=torch.device("cpu"))
     optimizer = optimizer_of(model, kind)
-    swa = SWA(model, optimizer, swa_end=None, update_interval="1ba", **OPTIONS)
+    swa = SWA(model, optimizer, **OPTIONS)
     models = []
     for step in range(STEPS):
         optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
         optimizer.step()
         if swa.step():
-            last = SWA(model, swa_start="0ba", swa_end=None, update_interval="1ba")
-            last.step()
-            models.append(last.average.full_state_dict())
+            models.append(full_tensors(model))
     return swa.average.full_state_dict(), models
 
 
@@ -102,216 +100,215 @@ def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, swa: SWA, 
     for step in range(first, last):
         accelerator.backward(model(batch(step)).square().mean())
         optimizer.step()
-        optimizer.zero_grad()  # or DCP would not step the optimizer to save it
+        optimizer.zero_grad()  # with gradients, DCP would not make its lr=0 step in a save
         swa.step()
 
 
-def stopped(folder: Path) -> None:
-    """A run of each kind that ends after its checkpoint, which was written over another one."""
+def stopped_run(kind: str, folder: Path) -> None:
+    """Save two checkpoints into one folder, and end."""
     enter_fsdp()
-    for kind in OPTIMIZERS:
-        with accelerated(kind) as accelerator:
-            model, optimizer, swa = prepared(accelerator, kind)
-            assert isinstance(model, WRAPPERS[kind[:5]])
-            train(accelerator, model, optimizer, swa, 0, START)
-            accelerator.save_state(str(folder / kind))
-            train(accelerator, model, optimizer, swa, START, STOP)
-            accelerator.save_state(str(folder / kind))
-            assert not swa.step()  # DCP has stepped an optimizer without a state to save it
-            assert swa.schedule.now.batches == STOP
+    with accelerated(kind) as accelerator:
+        model, optimizer, swa = prepared(accelerator, kind)
+        assert isinstance(model, WRAPPERS[kind[:5]])
+        train(accelerator, model, optimizer, swa, 0, START)
+        accelerator.save_state(str(folder))
+        train(accelerator, model, optimizer, swa, START, STOP)
+        accelerator.save_state(str(folder))
+        assert not swa.step()  # the lr=0 step that DCP makes to initialise optimizer state does not count
+        assert swa.schedule.now.batches == STOP
 
 
-def resumed(folder: Path) -> dict[str, Any]:
+def resumed_run(kind: str, folder: Path) -> dict[str, Tensor]:
     enter_fsdp()
-    averages = {}
-    for kind in OPTIMIZERS:
-        with accelerated(kind) as accelerator:
-            model, optimizer, swa = prepared(accelerator, kind)
-            optimizer.step()  # not to be counted, since what follows goes back to the checkpoint
-            optimizer.zero_grad()
-            accelerator.load_state(str(folder / kind))
-            assert not swa.step()
-            assert swa.schedule.now.batches == STOP
-            assert swa.num_averaged == STOP - START + 1
-            train(accelerator, model, optimizer, swa, STOP, STEPS)
-            averages[kind] = swa.average.full_state_dict()
-            assert swa.num_averaged == STEPS - START + 1
-    return averages
+    with accelerated(kind) as accelerator:
+        model, optimizer, swa = prepared(accelerator, kind)
+        optimizer.step()  # does not count, because load_state comes after it
+        optimizer.zero_grad()
+        accelerator.load_state(str(folder))
+        assert not swa.step()
+        assert swa.schedule.now.batches == STOP
+        assert swa.num_averaged == STOP - START + 1
+        train(accelerator, model, optimizer, swa, STOP, STEPS)
+        assert swa.num_averaged == STEPS - START + 1
+        return swa.average.full_state_dict()
 
 
-def plain_loops() -> dict[str, Any]:
-    return {kind: plain_loop(kind) for kind in OPTIMIZERS}
-
-
-def test_resumed_it_averages_as_a_plain_loop(tmp_path: Path) -> None:
-    plain = run_on_ranks(plain_loops, 2)[0]
-    run_on_ranks(stopped, 2, tmp_path)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_resumed_run_has_the_average_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
+    expected, models = run_on_ranks(plain_run, 2, kind)[0]
+    assert len(models) == STEPS - START + 1
+    run_on_ranks(stopped_run, 2, kind, tmp_path)
     for ranks in (2, 3):
-        averages = run_on_ranks(resumed, ranks, tmp_path)[0]
-        for kind, (expected, models) in plain.items():
-            if ranks == 2:
-                assert same_bits(averages[kind], expected), kind
-            assert len(models) == STEPS - START + 1
-            for name, average in averages[kind].items():
-                mean = torch.stack([model[name].double() for model in models]).mean(0)
-                torch.testing.assert_close(average.double(), mean, rtol=0, atol=1e-6 if ranks == 2 else 1e-5)
+        average = run_on_ranks(resumed_run, ranks, kind, tmp_path)[0]
+        if ranks == 2:
+            assert same_bits(average, expected)
+        for name, value in average.items():
+            tolerance = 1e-6 if ranks == 2 else 1e-5
+            torch.testing.assert_close(value.double(), mean(models, name), rtol=0, atol=tolerance)
 
 
-def micro_batches() -> dict[str, list[int]]:
-    """The steps counted after each micro-batch; `step` is called after every one, and after some optimizer steps."""
-    counts: dict[str, list[int]] = {}
+@on_ranks(2)
+def test_accumulated_batches_are_one_step() -> None:
+    counts = []
     with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
         model, optimizer, swa = prepared(accelerator, "ddp")
-        counts["accumulate"] = []
         for step in range(7):
             with accelerator.accumulate(model):
                 accelerator.backward(model(batch(step)).square().mean())
                 optimizer.step()
                 optimizer.zero_grad()
                 swa.step()
-            counts["accumulate"].append(swa.schedule.now.batches)
+            counts.append(swa.schedule.now.batches)
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+@on_ranks(2)
+def test_calls_without_an_optimizer_step_do_not_count_but_their_samples_do() -> None:
+    counts = []
     with accelerated("ddp") as accelerator:
         model, optimizer, swa = prepared(accelerator, "ddp")
-        counts["by hand"] = []
         for step in range(5):
             accelerator.backward(model(batch(step)).square().mean())
             if step % 2:
                 optimizer.step()
                 optimizer.zero_grad()
             swa.step(samples=GLOBAL_BATCH)
-            counts["by hand"].append(swa.schedule.now.batches)
+            counts.append(swa.schedule.now.batches)
         assert swa.schedule.now.samples == 4 * GLOBAL_BATCH
-    for fused in (False, True):
-        with accelerated("ddp") as accelerator:
-            accelerator.scaler = GradScaler("cpu", init_scale=4.0)
-            model = build()
-            model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
-            swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)
-            name = f"scaler, {fused=}"
-            counts[name] = []
-            for step in range(4):
-                loss = model(batch(step)).square().mean()
-                accelerator.backward(loss * (torch.inf if step in (1, 2) else 1))
-                optimizer.step()
-                optimizer.zero_grad()
-                swa.step()
-                counts[name].append(swa.schedule.now.batches)
-    return counts
+    assert counts == [0, 1, 1, 2, 2]
 
 
-def looks_that_end_early() -> dict[str, int]:
-    """The steps of two epochs of 5 batches, 3 for a step and 2 for the last one, with a look in each."""
-    steps = {}
-    for look in ("none", "whole", "part"):
-        with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
-            model = nn.Sequential(build(), nn.BatchNorm1d(3))
-            rows = [batch(step)[i] for step in range(5) for i in range(4)]
-            loaders: list[Any] = [torch.utils.data.DataLoader(rows, 2) for _ in range(2)]  # type: ignore[arg-type]
-            model, optimizer, *loaders = accelerator.prepare(model, torch.optim.SGD(model.parameters()), *loaders)
-            swa = prepare_swa(accelerator, model, optimizer, swa_start="0ba")
-            for _ in range(2):
-                for i, given in enumerate(loaders[0]):
-                    with accelerator.accumulate(model):
-                        accelerator.backward(model(given).square().mean())
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        swa.step()
-                    if i == 2 and look != "none":
-                        with swa.swapped_in():
-                            recalibrate_batch_norm(model, loaders[1], max_batches=2 if look == "part" else None)
-            steps[look] = swa.schedule.now.batches
-    return steps
+@pytest.mark.parametrize("fused", [False, True])
+@on_ranks(2)
+def test_steps_that_a_gradient_scaler_skips_do_not_count(fused: bool) -> None:
+    counts = []
+    with accelerated("ddp") as accelerator:
+        accelerator.scaler = GradScaler("cpu", init_scale=4.0)
+        model = build()
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
+        swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)
+        for step in range(4):
+            loss = model(batch(step)).square().mean()
+            accelerator.backward(loss * (torch.inf if step in (1, 2) else 1))
+            optimizer.step()
+            optimizer.zero_grad()
+            swa.step()
+            counts.append(swa.schedule.now.batches)
+    assert counts == [1, 1, 1, 2]
 
 
-def test_a_look_that_leaves_its_loader_early_does_not_change_the_run() -> None:
-    assert run_on_ranks(looks_that_end_early, 2)[1] == dict.fromkeys(("none", "whole", "part"), 4)
+@pytest.mark.parametrize("evaluated", ["none", "all", "part"])
+@on_ranks(2)
+def test_evaluation_that_leaves_its_loader_early_does_not_change_accumulation(evaluated: str) -> None:
+    """Two epochs of 5 batches, 3 for the first step and 2 for the last one."""
+    with accelerated("ddp", gradient_accumulation_steps=3) as accelerator:
+        model = nn.Sequential(build(), nn.BatchNorm1d(3))
+        rows = [batch(step)[i] for step in range(5) for i in range(4)]
+        loaders: list[Any] = [torch.utils.data.DataLoader(rows, 2) for _ in range(2)]  # type: ignore[arg-type]
+        model, optimizer, *loaders = accelerator.prepare(model, torch.optim.SGD(model.parameters()), *loaders)
+        swa = prepare_swa(accelerator, model, optimizer, swa_start="0ba")
+        for _ in range(2):
+            for i, given in enumerate(loaders[0]):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(given).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    swa.step()
+                if i == 2 and evaluated != "none":
+                    with swa.swapped_in():
+                        recalibrate_batch_norm(model, loaders[1], max_batches=2 if evaluated == "part" else None)
+        assert swa.schedule.now.batches == 4
 
 
-def trainings_one_after_the_other(folder: Path) -> None:
+@on_ranks(2)
+def test_free_memory_makes_room_for_another_training(tmp_path: Path) -> None:
     """`find_executable_batch_size` frees what a training that did not fit has prepared."""
     with accelerated("ddp") as accelerator:
         for _ in range(2):
             model, optimizer, swa = prepared(accelerator, "ddp")
             train(accelerator, model, optimizer, swa, 0, START)
             assert swa.num_averaged == 1
-            accelerator.save_state(str(folder))
+            accelerator.save_state(str(tmp_path))
             accelerator.free_memory()
-    gone = weakref.ref(accelerator)
+    reference = weakref.ref(accelerator)
     del accelerator, model, optimizer, swa
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_free_memory_makes_room_for_another_training(tmp_path: Path) -> None:
-    run_on_ranks(trainings_one_after_the_other, 2, tmp_path)
-
-
-def test_counts_real_optimizer_steps() -> None:
-    assert run_on_ranks(micro_batches, 2)[1] == {
-        "accumulate": [0, 0, 1, 1, 1, 2, 2],
-        "by hand": [0, 1, 1, 2, 2],
-        "scaler, fused=False": [1, 1, 1, 2],
-        "scaler, fused=True": [1, 1, 1, 2],
-    }
-
-
-def wrong_uses(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+@on_ranks(2)
+def test_each_average_has_its_own_folder_until_it_is_detached(tmp_path: Path, kind: str) -> None:
     enter_fsdp()
-    for kind in ("ddp", "fsdp1", "fsdp2"):
-        with accelerated(kind) as accelerator:
-            bare = build()
-            with pytest.raises(
-                ValueError, match=r"what accelerator.prepare returned, got a Sequential and a AdamW that"
-            ):
-                prepare_swa(accelerator, bare, torch.optim.AdamW(bare.parameters()), **OPTIONS)
-            model, optimizer, swa = prepared(accelerator, kind, num_processes=2)
-            for wrong in ((model, optimizer.optimizer), (build(), optimizer)):
-                with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
-                    prepare_swa(accelerator, *wrong, **OPTIONS)
-            with pytest.raises(ValueError, match=r"needs num_processes=4, got 2 of them, .*see launch/accelerate"):
-                prepare_swa(accelerator, model, optimizer, num_processes=4, **OPTIONS)
-            with pytest.raises(RuntimeError, match=r"got name='dist_swa' twice; pass another name="):
-                prepare_swa(accelerator, model, optimizer, **OPTIONS)
-            ema = prepare_swa(accelerator, model, optimizer, name="ema", **OPTIONS)
-            train(accelerator, model, optimizer, swa, 0, START)
-            assert not ema.step()  # one of these
-            accelerator.save_state(str(folder / kind))
-            with swa.swapped_in(), pytest.raises(RuntimeError, match="inside swapped_in; leave it first"):
-                accelerator.save_state(str(folder / kind))
-            assert (folder / kind / "dist_swa/.metadata").exists()  # that of the save before
-            swa.detach()
-            accelerator.save_state(str(folder / f"{kind} detached"))
-            assert not (folder / f"{kind} detached/dist_swa").exists()
-            assert (folder / f"{kind} detached/ema").exists()
-            for name in ("", ".", "..", "a/b", "/tmp", 5):  # what is there is removed before a save
-                with pytest.raises(ValueError, match="needs a name for a folder in each checkpoint"):
-                    prepare_swa(accelerator, model, optimizer, name=name, **OPTIONS)  # type: ignore[arg-type]
-            swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
-            train(accelerator, model, optimizer, swa, 0, START)
-            assert swa.num_averaged == 1
-            with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
-                accelerator.load_state(str(folder / f"{kind} detached"))
-            assert sum("averaging" in str(warning.message) for warning in caught) == 1
-            assert not swa.step()
-            assert (swa.schedule.now.batches, swa.num_averaged) == (0, 0)
-            assert (ema.schedule.now.batches, ema.num_averaged) == (1, 0)
+    with accelerated(kind) as accelerator:
+        model, optimizer, swa = prepared(accelerator, kind)
+        with pytest.raises(RuntimeError, match="got name='dist_swa' twice; pass another name="):
+            prepare_swa(accelerator, model, optimizer, **OPTIONS)
+        ema = prepare_swa(accelerator, model, optimizer, name="ema", **OPTIONS)
+        train(accelerator, model, optimizer, swa, 0, START)
+        assert not ema.step()  # one step, though the optimizer made several
+        accelerator.save_state(str(tmp_path / "both"))
+        with swa.swapped_in(), pytest.raises(RuntimeError, match="inside swapped_in; leave it first"):
+            accelerator.save_state(str(tmp_path / "both"))
+        assert (tmp_path / "both/dist_swa/.metadata").exists()  # the failed save has not removed it
+        swa.detach()
+        accelerator.save_state(str(tmp_path / "one"))
+        assert not (tmp_path / "one/dist_swa").exists()
+        assert (tmp_path / "one/ema").exists()
+        swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
+        train(accelerator, model, optimizer, swa, 0, START)
+        assert swa.num_averaged == 1
+        with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+            accelerator.load_state(str(tmp_path / "one"))
+        assert sum("averaging" in str(warning.message) for warning in caught) == 1
+        assert not swa.step()
+        assert (swa.schedule.now.batches, swa.num_averaged) == (0, 0)
+        assert (ema.schedule.now.batches, ema.num_averaged) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+@on_ranks(2)
+def test_wrong_arguments_of_prepare_swa_say_what_to_do(kind: str) -> None:
+    enter_fsdp()
+    with accelerated(kind) as accelerator:
+        bare = build()
+        with pytest.raises(ValueError, match=r"what accelerator.prepare returned, got a Sequential and a AdamW that"):
+            prepare_swa(accelerator, bare, torch.optim.AdamW(bare.parameters()), **OPTIONS)
+        model, optimizer, _ = prepared(accelerator, kind, num_processes=2)
+        for wrong in ((model, optimizer.optimizer), (build(), optimizer)):
+            with pytest.raises(ValueError, match=r"not prepared; call it after prepare"):
+                prepare_swa(accelerator, *wrong, **OPTIONS)
+        with pytest.raises(ValueError, match=r"needs num_processes=4, got 2 of them, .*see launch/accelerate"):
+            prepare_swa(accelerator, model, optimizer, num_processes=4, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", 5])
+@on_ranks(1)
+def test_a_name_is_one_folder_because_a_save_removes_it(name: Any) -> None:
+    with accelerated("ddp") as accelerator:
+        model, optimizer, _ = prepared(accelerator, "ddp")
+        with pytest.raises(ValueError, match="needs a name for a folder in each checkpoint"):
+            prepare_swa(accelerator, model, optimizer, name=name, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "ZeRO-3"])
+@on_ranks(1)
+def test_other_kinds_of_sharding_are_refused(name: str) -> None:
+    with accelerated("ddp") as accelerator:
+        model, optimizer, _ = prepared(accelerator, "ddp")
+        if name == "ZeRO-3":
             next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
-            with pytest.raises(ValueError, match=r"got distributed_type=DEEPSPEED; FSDP2 .* shards as .*ZeRO-3"):
-                prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
-            del next(model.parameters()).ds_id  # type: ignore[attr-defined]
-            for name in ("DEEPSPEED", "MEGATRON_LM"):
-                accelerator.state.distributed_type = DistributedType(name)
-                with pytest.raises(ValueError, match=rf"in DDP, FSDP1, FSDP2 or one process, got .*={name}; FSDP2"):
-                    prepare_swa(accelerator, model, optimizer, name="zero", **OPTIONS)
+        else:
+            accelerator.state.distributed_type = DistributedType(name)
+        kind = "DEEPSPEED" if name == "ZeRO-3" else name
+        message = rf"in DDP, FSDP1, FSDP2 or one process, got distributed_type={kind}; FSDP2 .* shards as .*ZeRO-3"
+        with pytest.raises(ValueError, match=message):
+            prepare_swa(accelerator, model, optimizer, name="other", **OPTIONS)
 
 
-def test_wrong_uses_say_what_to_do(tmp_path: Path) -> None:
-    run_on_ranks(wrong_uses, 2, tmp_path)
-
-
-def learning_rates() -> list[tuple[float, float]]:
-    """The rates that the scheduler wrote, and those that the optimizer has after `swa.step`."""
-    rates = []
+@on_ranks(2)
+def test_rate_of_the_swa_phase_wins_over_the_scheduler() -> None:
+    written, rates = [], []
     with accelerated("ddp") as accelerator:
         model = build()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -324,24 +321,20 @@ def learning_rates() -> list[tuple[float, float]]:
             accelerator.backward(model(batch(step)).square().mean())
             optimizer.step()
             scheduler.step()
-            written = optimizer.param_groups[0]["lr"]
+            written.append(optimizer.param_groups[0]["lr"])
             swa.step()
-            rates.append((written, optimizer.param_groups[0]["lr"]))
-            optimizer.optimizer.param_groups[0]["lr"] = written
-            swa.step()  # without a step of the optimizer, as when gradients accumulate
-            assert optimizer.param_groups[0]["lr"] == rates[-1][1]
-    return rates
-
-
-def test_the_rate_of_swa_wins_over_a_scheduler_that_goes_on() -> None:
-    written, rates = zip(*run_on_ranks(learning_rates, 2)[0], strict=True)
-    assert written == pytest.approx([1 / (1 + 2 * step) for step in range(1, STEPS + 1)])  # two ranks, two steps each
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.param_groups[0]["lr"] = written[-1]
+            swa.step()  # without an optimizer step, as in gradient accumulation
+            assert optimizer.param_groups[0]["lr"] == rates[-1]
+    # accelerate steps a scheduler once a process.
+    assert written == pytest.approx([1 / (1 + 2 * step) for step in range(1, STEPS + 1)])
     assert rates[: START - 1] == written[: START - 1]
     assert rates[START - 1 :] == pytest.approx([(1 / 7 + 0.01) / 2, *[0.01] * (STEPS - START)])
 
 
 def run_example(folder: Path, *launch: str) -> list[str]:
-    """What the example printed, after a clean end."""
+    """Return the last lines that the example printed."""
     result = subprocess.run(
         [sys.executable, *launch, "examples/train_accelerate.py", "--epochs=2", "--checkpoint", str(folder / "saved")],
         cwd=ROOT,
@@ -356,7 +349,7 @@ def run_example(folder: Path, *launch: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 def test_the_example_runs_with_each_launch_file(tmp_path: Path, kind: str) -> None:
-    """(`FSDP` is printed only where accelerate's own code for it ran.)"""
+    """`FSDP` is printed only if accelerate's own FSDP code ran."""
     launch = ["-m", "accelerate.commands.launch", f"--config_file=launch/accelerate/{kind}_cpu.yaml"]
     printed = run_example(tmp_path, *launch, *(["tests/accelerate_on_cpu.py"] if kind != "ddp" else []))
     assert printed[0] == f"2 processes, {'MULTI_CPU' if kind == 'ddp' else 'FSDP'}"
@@ -369,11 +362,10 @@ def test_the_example_runs_with_each_launch_file(tmp_path: Path, kind: str) -> No
         assert float(resumed[2].split()[-2]) == pytest.approx(averaged, abs=2)
 
 
-def test_launch_files_for_the_cpu_are_those_for_gpus() -> None:
-    for kind in ("ddp", "fsdp1", "fsdp2"):
-        gpu, cpu = (
-            yaml.safe_load((ROOT / f"launch/accelerate/{name}.yaml").read_text()) for name in (kind, f"{kind}_cpu")
-        )
-        for key in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
-            cpu.get("fsdp_config", {}).pop(key, None)
-        assert cpu == gpu
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_launch_files_for_the_cpu_are_those_for_gpus(kind: str) -> None:
+    files = (ROOT / f"launch/accelerate/{name}.yaml" for name in (kind, f"{kind}_cpu"))
+    gpu, cpu = (yaml.safe_load(file.read_text()) for file in files)
+    for key in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
+        cpu.get("fsdp_config", {}).pop(key, None)
+    assert cpu == gpu
