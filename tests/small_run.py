@@ -1,4 +1,4 @@
-"""What the tests of trainers train: a small network on a few samples, of which every number of ranks sees the same."""
+"""A small network and its data for the tests of trainers; the global batches do not depend on the number of ranks."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def samples(num_batches: int) -> TensorDataset:
 
 
 def loader(num_batches: int, is_distributed: bool) -> DataLoader[Any]:
-    """Return the same global batches for any number of ranks."""
+    """Return a loader of this rank's part of the global batches."""
     data, ranks = samples(num_batches), dist.get_world_size() if is_distributed else 1
     sampler: Any = DistributedSampler(data, shuffle=False) if is_distributed else None
     return DataLoader(data, GLOBAL_BATCH // ranks, sampler=sampler)
@@ -36,7 +36,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def averages_of(swa: SWA | None) -> dict[str, Tensor]:
-    """Return all averages of a run on ranks, whole, on every rank, as those of `network`."""
+    """Return the full averages of a run, on every rank, under the names of `network`. A collective."""
     assert swa is not None
     whole: dict[str, Tensor] = {}
     for name in swa.average.names:
