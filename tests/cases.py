@@ -1,4 +1,4 @@
-"""Every way to shard and wrap a model that the README's table names, as a model to build and a wrapper to put on it."""
+"""The rows of the README's table of ways to shard and wrap a model: a model to build and a wrapper for each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ Wrap = Callable[[Any], nn.Module]
 
 
 class Adapted(nn.Module):
-    """Mostly frozen, as with LoRA: a base, and two small factors that are trained."""
+    """A frozen layer with two small trainable factors, as with LoRA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Adapted(nn.Module):
 
 
 class Normed(nn.Module):
-    """With a parametrized weight, which is no parameter itself."""
+    """A parametrized weight, which is not a parameter itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Normed(nn.Module):
 
 
 class Uncopied(Net):
-    """Holds what cannot be copied."""
+    """A module that cannot be copied."""
 
     def __deepcopy__(self, memo: Any) -> None:
         raise TypeError("this module cannot be copied")
@@ -124,7 +124,7 @@ def fsdp2(*children: str, ignored: str = "", **options: Any) -> Wrap:
 def fsdp2_in_mixed_precision(model: Any) -> nn.Module:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     fully_shard(model.up, mp_policy=policy)
-    fully_shard(model.norm)  # in full precision: on the CPU, BatchNorm wants weights of the type of its buffers
+    fully_shard(model.norm)  # in full precision: on the CPU, BatchNorm needs weights of its buffers' dtype
     fully_shard(model, mp_policy=policy)
     return model  # type: ignore[no-any-return]
 
@@ -173,7 +173,7 @@ def activation_checkpointed(wrapper: str) -> Wrap:
 
 
 class Case(NamedTuple):
-    """A row of the table: what is built and wrapped, and on how many ranks it is saved and loaded."""
+    """A row of the table: a model, its wrapper, and the numbers of ranks that save and load its checkpoints."""
 
     wrap: Wrap
     build: Callable[[], nn.Module] = build
@@ -222,7 +222,7 @@ CASES: dict[str, Case] = {
     "weight_norm, FSDP2": Case(core("fsdp2"), seeded(Normed)),
     "cannot be copied, FSDP2": Case(core("fsdp2"), seeded(Uncopied)),
 }
-# What else a checkpoint of each case is loaded into, and comes from: these take every model.
+# Wrappers that exchange checkpoints with each case; they take every model.
 PARTNERS = ("DDP", "FSDP1, use_orig_params", "FSDP2", "HSDP")
 
 
@@ -232,7 +232,7 @@ def average_group(case: Case) -> dist.ProcessGroup | None:
 
 @torch.no_grad()
 def read(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the whole trainable parameters of a wrapped model; no library code. A collective."""
+    """Return full copies of the trainable parameters of a wrapped model, without library code. A collective."""
     inner = model._modules.get("_orig_mod", model)
     if isinstance(inner, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(inner):

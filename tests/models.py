@@ -1,4 +1,4 @@
-"""Models whose shapes hurt, the wrappers that people put around them, and trajectories to average."""
+"""A model with difficult shapes, its wrappers, and trajectories of weights to average."""
 
 import gc
 from collections.abc import Iterable, Mapping
@@ -52,7 +52,7 @@ class Net(nn.Module):
         if self.training:
             self.seen.add_(1)
             mean = hidden.detach().mean(0).to(self.offset.dtype)
-            self.offset.lerp_(mean, 0.1)  # so that training depends on what a buffer was
+            self.offset.lerp_(mean, 0.1)  # training depends on this buffer
         out: Tensor = self.again(self.dropout(torch.tanh(self.tied(hidden))))
         return out
 
@@ -65,7 +65,7 @@ def build(seed: int = 0) -> Net:
 
 
 def wrap(model: nn.Module, wrapper: str) -> nn.Module:
-    """Put `wrapper` around a `Net` on all ranks; a "group" model is plain, and averaged with a process group."""
+    """Put `wrapper` around a model on all ranks; "group" leaves it plain, its average has a process group."""
     ranks = dist.get_world_size()
     # Two in the inner axis if that divides the ranks: 4 -> (2, 2), 2 -> (1, 2), 3 -> (3, 1).
     inner = 2 if ranks % 2 == 0 else 1
@@ -93,17 +93,17 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
         fully_shard(model, mesh=mesh["outer"])
     if wrapper == "fsdp2":
         parts = [fully_shard(model.up)] if isinstance(model, Net) else []
-        fully_shard(model).set_modules_to_forward_prefetch(parts)  # so that gathers are in flight
+        fully_shard(model).set_modules_to_forward_prefetch(parts)  # all-gathers are unfinished between the parts
     return model
 
 
 def group_of(wrapper: str) -> dist.ProcessGroup | None:
-    """Return the `process_group` that an average of a model in `wrapper` is given."""
+    """Return the `process_group` for the average of a model in `wrapper`."""
     return dist.group.WORLD if wrapper == "group" else None
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, first: int = 0) -> None:
-    """Take `num_steps` steps on batches that depend on the step and, but under TP, on the rank."""
+    """Take `num_steps` steps on batches that depend on the step and, except under TP, on the rank."""
     model.train()
     rank = 0 if any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in model.parameters()) else dist.get_rank()
     for step in range(first, first + num_steps):
@@ -114,7 +114,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, fi
 
 
 def trajectory(num_models: int, model: nn.Module, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Return `num_models` sets of random whole values for the trainable parameters of an unwrapped model."""
+    """Return `num_models` sets of random full tensors for the trainable parameters of an unwrapped model."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return [
@@ -136,7 +136,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put whole values into the shards of a wrapped model; no library code, and no collective but FSDP1's."""
+    """Write full tensors into the shards of a wrapped model, without library code. A collective under FSDP1."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             _write(model, values)
@@ -154,7 +154,7 @@ def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _shard(whole: Tensor, like: DTensor) -> Tensor:
     mesh, axes = like.device_mesh, list(enumerate(like.placements))
-    axes.sort(key=lambda axis: "Strided" in type(axis[1]).__name__)  # FSDP2 splits what TP has left of it
+    axes.sort(key=lambda axis: "Strided" in type(axis[1]).__name__)  # FSDP2 shards the local tensors of TP
     for axis, placement in axes:
         if placement.is_shard() or "Strided" in type(placement).__name__:
             dim, size = placement.dim, mesh.size(axis)  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def _shard(whole: Tensor, like: DTensor) -> Tensor:
 
 
 def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Iterable[str] = ()) -> bool:
-    """Whether two state dicts hold the same tensors, bit for bit; with `names`, these ones."""
+    """Return whether two state dicts have the same tensors, bit for bit; with `names`, whether these are the same."""
     keys = list(names) or list(left)
     return (bool(names) or set(left) == set(right)) and all(
         left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in keys

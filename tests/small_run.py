@@ -20,7 +20,7 @@ def samples(num_batches: int) -> TensorDataset:
 
 
 def loader(num_batches: int, is_distributed: bool) -> DataLoader[Any]:
-    """Return the same global batches for any number of ranks."""
+    """Return a loader of this rank's part of the global batches."""
     data, ranks = samples(num_batches), dist.get_world_size() if is_distributed else 1
     sampler: Any = DistributedSampler(data, shuffle=False) if is_distributed else None
     return DataLoader(data, GLOBAL_BATCH // ranks, sampler=sampler)

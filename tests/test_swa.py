@@ -1,4 +1,4 @@
-"""The controller: when it updates, completes and finalizes, and what it refuses."""
+"""SWA: when it updates, completes and finalizes, and which calls raise."""
 
 import contextlib
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_swa import EMA, SWA, DecayShaped, Equal, ShardedAverage, recalibrate_batch_norm
@@ -22,7 +22,7 @@ def linear() -> nn.Linear:
 
 
 def run(swa: SWA, model: nn.Linear, num_steps: int) -> list[int]:
-    """Let the weight be the number of the step; return the steps that updated."""
+    """Set the weight to the number of each step; return the steps that updated the average."""
     updated = []
     for step in range(1, num_steps + 1):
         if not swa.completed:
@@ -48,27 +48,27 @@ def test_updates_by_the_schedule_and_finalizes() -> None:
     assert not swa.step()
 
 
-def test_a_checkpoint_of_a_run_that_ended_goes_on_by_the_new_schedule() -> None:
+@pytest.mark.parametrize(("end", "later_end"), [(None, None), ("10ba", "12ba"), ("10ba", None)])
+def test_a_checkpoint_of_a_completed_run_continues_by_the_new_schedule(end: str | None, later_end: str | None) -> None:
     model = linear()
     options: dict[str, Any] = {"swa_start": "8ba", "update_interval": "1ba"}
-    for end, later_end in ((None, None), ("10ba", "12ba"), ("10ba", None)):
-        first = SWA(model, swa_end=end, **options)
-        run(first, model, 10)
-        first.finalize()
-        assert first.completed
-        state = first.state_dict()
-        same = SWA(model, swa_end=end, **options)
-        same.load_state_dict(state)
-        assert (same.completed, same.num_averaged) == (end is not None, 3)
-        longer = SWA(model, swa_end=later_end, **options)
-        longer.load_state_dict(state)
-        assert not longer.completed
-        assert run(longer, model, 2) == [1, 2]  # the weights 1 and 2 after 8, 9 and 10
-        longer.finalize()
-        assert model.weight.eq(6).all()
+    first = SWA(model, swa_end=end, **options)
+    run(first, model, 10)
+    first.finalize()
+    assert first.completed
+    state = first.state_dict()
+    same = SWA(model, swa_end=end, **options)
+    same.load_state_dict(state)
+    assert (same.completed, same.num_averaged) == (end is not None, 3)
+    longer = SWA(model, swa_end=later_end, **options)
+    longer.load_state_dict(state)
+    assert not longer.completed
+    assert run(longer, model, 2) == [1, 2]  # the weights 1 and 2 after 8, 9 and 10
+    longer.finalize()
+    assert model.weight.eq(6).all()
 
 
-def test_an_average_of_a_run_that_ended_does_not_reach_over_a_later_start() -> None:
+def test_a_later_swa_start_discards_the_average_of_a_completed_run() -> None:
     model = linear()
     options: dict[str, Any] = {"swa_start": "0.5dur", "swa_end": None, "update_interval": "1ba"}
     first = SWA(model, max_duration="10ba", **options)
@@ -82,7 +82,7 @@ def test_an_average_of_a_run_that_ended_does_not_reach_over_a_later_start() -> N
     assert model.weight.eq(20).all()
 
 
-def test_reset_starts_anew_within_the_run() -> None:
+def test_reset_starts_a_new_average_within_the_run() -> None:
     model = linear()
     options: dict[str, Any] = {"max_duration": "10ba", "swa_start": "0.8dur", "swa_end": None, "update_interval": "1ba"}
     options |= {"schedule_swa_lr": True, "swa_lr": 0.0, "anneal_steps": 4}
@@ -98,7 +98,7 @@ def test_reset_starts_anew_within_the_run() -> None:
     assert (swa.started, swa.completed, swa.num_averaged, swa.num_skipped) == (False, False, 0, 0)
     optimizer.param_groups[0]["lr"] = 0.8
     assert run(swa, model, 4) == [2, 3, 4]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)  # of what it was at the first of these
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)  # annealed from the rate at the first of these steps
     assert swa.average.full_state_dict("mean")["weight"].eq(3).all()
     assert swa.average.full_state_dict("ema")["weight"].eq(3.25).all()
     swa.reset()
@@ -116,7 +116,7 @@ def test_by_default_every_step_from_seven_tenths_to_the_end_counts() -> None:
     assert model.weight.eq(85).all()
 
 
-def test_completion_transfers_and_training_goes_on_from_there() -> None:
+def test_completion_transfers_and_training_continues_from_the_average() -> None:
     model = linear()
     swa = SWA(model, swa_start="2ba", swa_end="6ba", update_interval="2ba")
     for step in range(1, 6):
@@ -129,11 +129,11 @@ def test_completion_transfers_and_training_goes_on_from_there() -> None:
     nn.init.constant_(model.weight, 9)
     assert not swa.step()
     assert model.weight.eq(9).all()
-    swa.finalize()  # leaves the average in the model, whatever training has done since
+    swa.finalize()  # transfers again, after further training
     assert model.weight.eq(4).all()
 
 
-def test_end_epoch_counts_where_steps_per_epoch_is_not_given() -> None:
+def test_end_epoch_counts_epochs_without_steps_per_epoch() -> None:
     model = linear()
     swa = SWA(model, swa_start="1ep", swa_end="3ep", update_interval="1ep")
     updated = []
@@ -144,7 +144,7 @@ def test_end_epoch_counts_where_steps_per_epoch_is_not_given() -> None:
     assert updated == [(1, True, False), (2, True, False), (3, True, True), (4, False, True)]
 
 
-def test_half_life_follows_the_schedule() -> None:
+def test_a_half_life_is_measured_by_the_schedule() -> None:
     model = linear()
     rule = EMA(half_life="64tok")
     swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", rule=rule)
@@ -182,31 +182,40 @@ def test_finalize_warns_where_nobody_counted_epochs(options: dict[str, Any]) -> 
     assert model.weight.eq(5).all()
 
 
+def finalized(wrapper: str, batches: list[Tensor]) -> dict[str, Any]:
+    """Return the full weights of a model after `finalize`, on the first rank."""
+    model = wrap(build(), wrapper)
+    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+    for values in trajectory(3, build()):
+        write(model, values)
+        swa.step()
+    swa.finalize(batches, max_batches=4)
+    full = ShardedAverage(model)
+    full.update()  # gathers the model's weights
+    return full.full_state_dict()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp"])
 @on_ranks(1, 2, 3)
-def test_finalize_leaves_average_and_statistics_of_all_ranks() -> None:
-    batches = list(DATA.chunk(4))
-    alone = build()
-    oracle = weighted_sum(closed_form(Equal(), 3), trajectory(3, alone))
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+def test_finalize_leaves_the_average_in_the_model(wrapper: str) -> None:
+    weights = finalized(wrapper, [DATA])
+    oracle = weighted_sum(closed_form(Equal(), 3), trajectory(3, build()))
+    assert not weights or all(torch.allclose(weights[n].double(), oracle[n], atol=1e-6) for n in oracle)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "hsdp"])
+@on_ranks(1, 2)
+def test_finalize_recalibrates_over_the_batches_of_all_ranks(wrapper: str) -> None:
     only_me, _ = dist.new_subgroups(1)
-    mine = batches[rank::ranks] if ranks < 3 else batches[:1]  # a sharded model needs as many on every rank
-    for wrapper in ("ddp", "fsdp2", "hsdp"):
-        model = wrap(build(), wrapper)
-        swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
-        for values in trajectory(3, alone):
-            write(model, values)
-            swa.step()
-        swa.finalize(mine, max_batches=4)
-        full = ShardedAverage(model)
-        full.update()  # a way to see whole parameters
-        weights = full.full_state_dict()
-        assert not weights or all(torch.allclose(weights[n].double(), oracle[n], atol=1e-6) for n in oracle)
-        if ranks < 3 and weights:
-            alone.load_state_dict(weights)
-            recalibrated = {n: b.clone() for n, b in alone.named_buffers()}
-            recalibrate_batch_norm(alone, batches, process_group=only_me)
-            for name, buffer in alone.named_buffers():
-                torch.testing.assert_close(recalibrated[name], buffer, rtol=1e-5, atol=1e-6)
+    batches = list(DATA.chunk(4))
+    weights = finalized(wrapper, batches[dist.get_rank() :: dist.get_world_size()])
+    if weights:
+        alone = build()
+        alone.load_state_dict(weights)
+        recalibrated = {name: buffer.clone() for name, buffer in alone.named_buffers()}
+        recalibrate_batch_norm(alone, batches, process_group=only_me)
+        for name, buffer in alone.named_buffers():
+            torch.testing.assert_close(recalibrated[name], buffer, rtol=1e-5, atol=1e-6)
 
 
 @on_ranks(2)
@@ -224,41 +233,41 @@ def test_only_the_completing_step_communicates_under_ddp() -> None:
     assert swa.completed
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 @on_ranks(2)
-def test_averaging_beats_the_last_iterate_of_a_noisy_run() -> None:
-    """A quadratic with noise that stays: the variance of the average over that of an iterate is known."""
+def test_averaging_beats_the_last_iterate_of_a_noisy_run(wrapper: str) -> None:
+    """On a quadratic with constant noise, the ratio of the variances of average and iterate is known."""
     lr, num_steps = 0.2, 400
-    for wrapper in ("ddp", "fsdp2"):
-        generator = torch.Generator().manual_seed(0)
-        model = wrap(nn.Linear(64, 64, bias=False), wrapper)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        swa = SWA(
-            model, optimizer, max_duration=f"{num_steps}ba", swa_start="0.5dur", swa_end=None, update_interval="1ba"
-        )
-        for _ in range(num_steps):
-            optimizer.zero_grad()
-            noise = torch.randn(64, 64, generator=generator)
-            weight = model(torch.eye(64)).t()
-            (0.5 * weight.square() + noise * weight).sum().backward()
-            optimizer.step()
-            swa.step()
-        with torch.no_grad():
-            last = model(torch.eye(64)).var()
-            swa.finalize()
-            averaged = model(torch.eye(64)).var()
-        phi, window = 1 - lr, swa.num_averaged
-        expected = (1 + phi) / ((1 - phi) * window) - 2 * phi * (1 - phi**window) / (window * (1 - phi)) ** 2
-        assert 0.8 < averaged / last / expected < 1.25, wrapper
+    generator = torch.Generator().manual_seed(0)
+    model = wrap(nn.Linear(64, 64, bias=False), wrapper)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    swa = SWA(model, optimizer, max_duration=f"{num_steps}ba", swa_start="0.5dur", swa_end=None, update_interval="1ba")
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        noise = torch.randn(64, 64, generator=generator)
+        weight = model(torch.eye(64)).t()
+        (0.5 * weight.square() + noise * weight).sum().backward()
+        optimizer.step()
+        swa.step()
+    with torch.no_grad():
+        last = model(torch.eye(64)).var()
+        swa.finalize()
+        averaged = model(torch.eye(64)).var()
+    phi, window = 1 - lr, swa.num_averaged
+    expected = (1 + phi) / ((1 - phi) * window) - 2 * phi * (1 - phi**window) / (window * (1 - phi)) ** 2
+    assert 0.8 < averaged / last / expected < 1.25
 
 
-def test_a_call_inside_a_swap_is_refused_before_it_counts() -> None:
-    model = linear()
-    swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba")
+@pytest.mark.parametrize("action", ["step", "end_epoch", "finalize", "state_dict", "load_state_dict"])
+def test_a_call_inside_swapped_in_raises_before_it_counts(action: str) -> None:
+    swa = SWA(linear(), swa_start="1ba", swa_end=None, update_interval="1ba")
     swa.step()
-    with swa.swapped_in():
-        for action in (swa.step, swa.end_epoch, swa.finalize, swa.state_dict, lambda: swa.load_state_dict({})):
-            with pytest.raises(RuntimeError, match=r"needs the model .* got a call inside swapped_in; leave it first"):
-                action()
+    arguments: tuple[Any, ...] = ({},) if action == "load_state_dict" else ()
+    with (
+        swa.swapped_in(),
+        pytest.raises(RuntimeError, match=r"needs the model .* got a call inside swapped_in; leave it first"),
+    ):
+        getattr(swa, action)(*arguments)
     assert swa.schedule.now.batches == 1
     assert swa.num_averaged == 1
     assert not swa.completed
@@ -290,12 +299,12 @@ def test_finalize_of_a_batch_norm_model_needs_batches() -> None:
         ({"schedule_swa_lr": True}, ValueError, "schedule_swa_lr needs an optimizer, got optimizer=None"),
     ],
 )
-def test_arguments_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_raise(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SWA(linear(), **({"max_duration": "10ba"} | options))
 
 
-def test_a_step_that_fails_was_not_counted() -> None:
+def test_a_step_that_raises_is_not_counted() -> None:
     model = linear()
     swa = SWA(model, swa_start="2ba", swa_end=None, update_interval="1ba", rule=DecayShaped("linear", 2))
     run(swa, model, 3)
@@ -307,7 +316,7 @@ def test_a_step_that_fails_was_not_counted() -> None:
     assert swa.num_averaged == 2
 
 
-def test_epochs_go_on_where_a_resumed_run_announces_them() -> None:
+def test_a_resumed_run_may_count_epochs_by_end_epoch() -> None:
     model = linear()
     saved = SWA(model, swa_start="1ep", swa_end=None, update_interval="1ep", steps_per_epoch=2)
     run(saved, model, 6)
@@ -318,7 +327,7 @@ def test_epochs_go_on_where_a_resumed_run_announces_them() -> None:
     assert resumed.end_epoch()
 
 
-def test_several_averages_by_one_schedule() -> None:
+def test_several_averages_share_one_schedule() -> None:
     model = linear()
     rules = {"swa": Equal(), "last": EMA(0.0), "short": EMA(half_life="1ba"), "tokens": EMA(half_life="10tok")}
     swa = SWA(model, swa_start="2ba", swa_end=None, update_interval="2ba", rule=rules, transfer="swa")
@@ -337,14 +346,14 @@ def test_several_averages_by_one_schedule() -> None:
     assert model.weight.eq(4).all()
 
 
-def test_the_average_that_completes_is_the_named_one() -> None:
-    for name, expected in (("swa", 1.5), ("last", 2.0)):
-        model = linear()
-        rules = {"swa": Equal(), "last": EMA(0.0)}
-        swa = SWA(model, swa_start="1ba", swa_end="2ba", update_interval="1ba", rule=rules, transfer=name)
-        run(swa, model, 3)
-        assert swa.completed
-        assert model.weight.eq(expected).all()
+@pytest.mark.parametrize(("name", "expected"), [("swa", 1.5), ("last", 2.0)])
+def test_completion_transfers_the_named_average(name: str, expected: float) -> None:
+    model = linear()
+    rules = {"swa": Equal(), "last": EMA(0.0)}
+    swa = SWA(model, swa_start="1ba", swa_end="2ba", update_interval="1ba", rule=rules, transfer=name)
+    run(swa, model, 3)
+    assert swa.completed
+    assert model.weight.eq(expected).all()
 
 
 @pytest.mark.parametrize(
@@ -363,13 +372,13 @@ def test_the_average_that_completes_is_the_named_one() -> None:
         (Equal(), "swa", r"needs the name of an average, got name='swa'; leave it out, the average has no name"),
     ],
 )
-def test_a_controller_needs_to_know_which_average_ends_in_the_model(rule: Any, transfer: str, message: str) -> None:
+def test_an_unknown_transfer_raises(rule: Any, transfer: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SWA(linear(), max_duration="9ba", rule=rule, transfer=transfer)
 
 
 @on_ranks(2)
-def test_selected_parameters_and_a_group_reach_the_average() -> None:
+def test_parameters_and_process_group_are_passed_to_the_average() -> None:
     options: dict[str, Any] = {"swa_start": "1ba", "swa_end": None, "update_interval": "1ba"}
     swa = SWA(build(), parameters="up.*", process_group=dist.group.WORLD, **options)
     swa.step()
@@ -424,7 +433,7 @@ def test_without_the_guard_the_average_is_lost() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a model with NaN or inf")
-def test_a_skipped_update_at_the_end() -> None:
+def test_completion_waits_for_a_finite_model_if_nothing_was_averaged() -> None:
     model = linear()
     options: dict[str, Any] = {"swa_start": "2ba", "swa_end": "4ba", "update_interval": "1ba", "skip_nonfinite": True}
     swa = SWA(model, **options)
@@ -449,24 +458,24 @@ def test_a_skipped_update_leaves_the_half_life_to_the_next() -> None:
     assert model.weight.eq(2).all()  # two batches, a half-life, after the first
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "tp"])
 @on_ranks(2)
-def test_all_ranks_skip_alike_and_remember_it() -> None:
-    for wrapper in ("ddp", "fsdp2", "tp"):
-        found = []
-        state: dict[str, Any] = {}
-        for first in (0, 4):
-            model = wrap(build(), wrapper)
-            swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", skip_nonfinite=True)
-            if state:
-                swa.load_state_dict(state)
-                assert swa.num_skipped == 1
-            for step in range(first, first + 4):
-                values = trajectory(1, build(), seed=step)[0]
-                if step == 1:
-                    values["down.weight"][0, 0] = float("inf")  # in the shard of the first rank
-                write(model, values)
-                with pytest.warns(UserWarning, match="NaN or inf") if step == 1 else contextlib.nullcontext():
-                    found.append(swa.step())
-            state = swa.state_dict()
-        assert found == [True, False, *[True] * 6], wrapper
-        assert (swa.num_averaged, swa.num_skipped) == (7, 1)
+def test_all_ranks_skip_the_same_models_and_checkpoints_count_them(wrapper: str) -> None:
+    found = []
+    state: dict[str, Any] = {}
+    for first in (0, 4):
+        model = wrap(build(), wrapper)
+        swa = SWA(model, swa_start="1ba", swa_end=None, update_interval="1ba", skip_nonfinite=True)
+        if state:
+            swa.load_state_dict(state)
+            assert swa.num_skipped == 1
+        for step in range(first, first + 4):
+            values = trajectory(1, build(), seed=step)[0]
+            if step == 1:
+                values["down.weight"][0, 0] = float("inf")  # in the shard of the first rank
+            write(model, values)
+            with pytest.warns(UserWarning, match="NaN or inf") if step == 1 else contextlib.nullcontext():
+                found.append(swa.step())
+        state = swa.state_dict()
+    assert found == [True, False, *[True] * 6]
+    assert (swa.num_averaged, swa.num_skipped) == (7, 1)

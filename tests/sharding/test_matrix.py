@@ -1,12 +1,12 @@
-"""Every cell of the README's table: each way to shard and wrap, each rule, against the float64 reference.
+"""Every row of the README's table: each way to shard and wrap, with each rule, against the float64 reference.
 
-One launch of ranks follows a trajectory of known weights, looks, saves and trains on; another one, on another number
-of ranks, loads what the first one saved, also under other wrappers. A subtest for each cell compares what they found.
+One launch of ranks averages a trajectory of known weights, swaps, saves and trains on. Another launch, with another
+number of ranks, loads what the first one saved, also under other wrappers. The tests compare what they return.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,8 +26,15 @@ NUM_MODELS, NUM_SAVED = 7, 4
 Found = dict[str, Any]
 
 
+class Results(NamedTuple):
+    name: str
+    saved: list[Found]  # by rank
+    loaded: list[Found]  # by pair of wrappers
+    trained: dict[str, Tensor]
+
+
 def partner_of(name: str) -> str:
-    """Return the wrapper that the checkpoints of a case are exchanged with."""
+    """Return the wrapper that exchanges checkpoints with a case."""
     names = list(CASES)
     others = [partner for partner in PARTNERS if partner != name]
     return others[names.index(name) % len(others)]
@@ -41,14 +48,14 @@ def averaged(name: str, build_of: str) -> tuple[nn.Module, ShardedAverage]:
     return model, ShardedAverage(model, RULES, process_group=average_group(case))
 
 
-def follow(model: nn.Module, average: ShardedAverage, models: list[dict[str, Tensor]]) -> None:
+def average_all(model: nn.Module, average: ShardedAverage, models: list[dict[str, Tensor]]) -> None:
     for values in models:
         write(model, values)
         average.update()
 
 
-def ten_steps(model: nn.Module) -> dict[str, Tensor]:
-    """Return all that ten further steps make of a model."""
+def after_ten_steps(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model after ten training steps."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     train(model, optimizer, 10)
@@ -61,23 +68,23 @@ def saved_on_rank(name: str, folder: Path) -> Found:
     models = trajectory(NUM_MODELS, case.build())
     for wrapper in (partner_of(name), name):
         model, average = averaged(wrapper, name)
-        follow(model, average, models[:NUM_SAVED])
+        average_all(model, average, models[:NUM_SAVED])
         save_checkpoint({"swa": average}, checkpoint_id=folder / wrapper)
-    follow(model, average, models[NUM_SAVED:])
+    average_all(model, average, models[NUM_SAVED:])
     found: Found = {"update": {rule: average.full_state_dict(rule) for rule in RULES}}
-    found |= {"swap": {}, "back": {}, "transfer": {}}
+    found |= {"swap": {}, "after swap": {}, "transfer": {}}
     for rule in RULES:
         with average.swapped_in(rule):
             found["swap"][rule] = read(model)
             model.eval()
             with torch.no_grad():
                 model(torch.ones(2, 4))
-        average.state_dict()  # reshards
-        found["back"][rule] = read(model)
-    found["ten steps"] = ten_steps(model)
+        average.state_dict()  # reshards the model
+        found["after swap"][rule] = read(model)
+    found["ten steps"] = after_ten_steps(model)
     twin, _ = averaged(name, name)
     write(twin, models[-1])
-    found["ten steps unseen"] = ten_steps(twin)
+    found["ten steps without swaps"] = after_ten_steps(twin)
     for rule in RULES:
         average.transfer(rule)
         found["transfer"][rule] = read(model)
@@ -92,7 +99,7 @@ def loaded_on_rank(name: str, folder: Path) -> list[Found]:
         model, average = averaged(target, name)
         load_checkpoint({"swa": average}, checkpoint_id=folder / source)
         assert average.num_averaged == NUM_SAVED
-        follow(model, average, models[NUM_SAVED:])
+        average_all(model, average, models[NUM_SAVED:])
         found.append({rule: average.full_state_dict(rule) for rule in RULES})
     return found
 
@@ -106,30 +113,47 @@ def oracle_of(name: str, rule: str) -> dict[str, Tensor]:
     return weighted_sum(closed_form(RULES[rule], NUM_MODELS), trajectory(NUM_MODELS, CASES[name].build()))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_matrix(name: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    saved = run_on_ranks(saved_on_rank, CASES[name].saving_ranks, name, tmp_path)
-    loaded = run_on_ranks(loaded_on_rank, CASES[name].loading_ranks, name, tmp_path)
-    trained = trajectory(NUM_MODELS, CASES[name].build())[-1]
-    for rule in RULES:
-        full = saved[0]["update"][rule]
-        with subtests.test("update", rule=rule):
-            assert is_close(full, oracle_of(name, rule))
-            assert set(full) == set(CASES[name].build().state_dict())
-            CASES[name].build().load_state_dict(full, strict=True)
-        with subtests.test("swap", rule=rule):
-            for found in saved:
-                assert found["swap"][rule].keys() == trained.keys()
-                assert same_bits(found["swap"][rule], full, trained)
-                assert same_bits(found["back"][rule], trained)
-        with subtests.test("transfer", rule=rule):
-            for found in saved:
-                assert same_bits(found["transfer"][rule], full, trained)
-        with subtests.test("save and load", rule=rule):
-            assert len(loaded[0]) == 3
-            for found in loaded[0]:
-                assert same_bits(found[rule], full)
-    with subtests.test("ten more training steps"):
-        for found in saved:
-            assert not same_bits(found["ten steps"], trained, trained)
-            assert same_bits(found["ten steps"], found["ten steps unseen"])
+@pytest.fixture(scope="module", params=CASES)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    name: str = request.param
+    folder = tmp_path_factory.mktemp("matrix")
+    saved = run_on_ranks(saved_on_rank, CASES[name].saving_ranks, name, folder)
+    loaded = run_on_ranks(loaded_on_rank, CASES[name].loading_ranks, name, folder)[0]
+    return Results(name, saved, loaded, trajectory(NUM_MODELS, CASES[name].build())[-1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_update_averages_as_the_reference_does(results: Results, rule: str) -> None:
+    full = results.saved[0]["update"][rule]
+    assert is_close(full, oracle_of(results.name, rule))
+    model = CASES[results.name].build()
+    assert set(full) == set(model.state_dict())
+    model.load_state_dict(full, strict=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_swapped_in_gives_the_model_the_average_and_then_its_own_weights(results: Results, rule: str) -> None:
+    for found in results.saved:
+        assert found["swap"][rule].keys() == results.trained.keys()
+        assert same_bits(found["swap"][rule], results.saved[0]["update"][rule], results.trained)
+        assert same_bits(found["after swap"][rule], results.trained)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_transfer_gives_the_model_the_average(results: Results, rule: str) -> None:
+    for found in results.saved:
+        assert same_bits(found["transfer"][rule], results.saved[0]["update"][rule], results.trained)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pair", range(3), ids=["same wrapper", "into another wrapper", "from another wrapper"])
+def test_loading_on_another_number_of_ranks_continues_with_the_same_bits(
+    results: Results, pair: int, rule: str
+) -> None:
+    assert same_bits(results.loaded[pair][rule], results.saved[0]["update"][rule])
+
+
+def test_training_after_swaps_has_the_same_bits(results: Results) -> None:
+    for found in results.saved:
+        assert not same_bits(found["ten steps"], results.trained, results.trained)
+        assert same_bits(found["ten steps"], found["ten steps without swaps"])
