@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from checkpoints import ManyBuffers, Training
+from checkpoints import ManyBuffers, Training, deep, wide
 from dist_swa import EMA, SWA, Equal, ShardedAverage, Window, checkpoint
 from dist_swa.averaging.rules import Rule
 from dist_swa.storage.save_load import save_async
@@ -185,18 +185,6 @@ def test_an_entry_that_cannot_be_reset_keeps_everything_from_being_loaded(tmp_pa
 
 
 # --- Checkpoints that do not fit
-
-
-def wide() -> Net:
-    model = build()
-    model.one_row = nn.Parameter(torch.zeros(2, 5))
-    return model
-
-
-def deep() -> Net:
-    model = build()
-    model.more = nn.Parameter(torch.zeros(2, 5))
-    return model
 
 
 # The rule and model that are saved, those that load, and the error.
