@@ -1,4 +1,4 @@
-"""Training states to save, and changes of a saved checkpoint."""
+"""States to save, models that a checkpoint does not fit, and new checksums."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dist_swa import Equal, ShardedAverage
 from dist_swa.averaging.rules import Rule
-from models import build, group_of, trajectory, wrap, write
+from models import Net, build, group_of, trajectory, wrap, write
 
 
 class Training:
@@ -45,6 +45,20 @@ class ManyBuffers(nn.Module):
         for i in range(24):
             self.register_buffer(f"b{i}", torch.zeros(i % 5 + 1, 7))
         self.register_buffer("count", torch.tensor(0))
+
+
+def wide() -> Net:
+    """Return a model with another shape of one parameter."""
+    model = build()
+    model.one_row = nn.Parameter(torch.zeros(2, 5))
+    return model
+
+
+def deep() -> Net:
+    """Return a model with one more parameter."""
+    model = build()
+    model.more = nn.Parameter(torch.zeros(2, 5))
+    return model
 
 
 def reseal(folder: Path) -> None:

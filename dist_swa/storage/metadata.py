@@ -26,15 +26,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-_DCP = "torch.distributed.checkpoint."
+_TENSOR_CLASSES = (TensorProperties, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata)
 _DATACLASSES = {
-    *((f"{_DCP}metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((f"{_DCP}metadata", name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
-    (f"{_DCP}filesystem", "_StorageInfo"),
+    *((cls.__module__, cls.__name__) for cls in (Metadata, MetadataIndex, StorageMeta, *_TENSOR_CLASSES)),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 }
 _ALLOWED = {
     *_DATACLASSES,
-    (f"{_DCP}metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),  # a lookup in a table
     ("pathlib", "PosixPath"),

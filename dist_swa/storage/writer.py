@@ -27,10 +27,10 @@ _BUFFER_BYTES = 1 << 20
 
 
 class SavePlannerWithoutPickle(DefaultSavePlanner):
-    """Plans to save `state`, nested dicts and lists; raises TypeError for values that a load would not read.
+    """Plans to save nested dicts and lists; raises TypeError for values that a load would not read.
 
-    DCP flattens the state once, here, before its collectives. With `copy_to_cpu`, the plan has copies of all tensors:
-    DCP's own stagers do not copy ShardedTensors of FSDP1 and 0-dim DTensors.
+    The constructor flattens the state once, before DCP's collectives. With `copy_to_cpu` it copies all tensors: DCP's
+    own stagers fail on the ShardedTensors of FSDP1, and do not copy 0-dim DTensors.
     """
 
     def __init__(self, state: Mapping[str, Any], copy_to_cpu: bool = False) -> None:

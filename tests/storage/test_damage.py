@@ -104,6 +104,14 @@ def test_swapped_files_are_named_and_change_nothing(one: Path, swapped: str) -> 
     check_refused(one, name, other)
 
 
+def test_a_read_of_one_tensor_verifies_its_file_first(one: Path) -> None:
+    reader = checkpoint.open_checkpoint(one)
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        flip(one / name, 0)
+    with pytest.raises(checkpoint.CheckpointError, match=r"distcp: its content is not what its checksum"):
+        reader.read("swa.slots.0.up.weight")
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
 @pytest.mark.parametrize("name", [name for name in FILES if name != "SHA256SUMS"])
 def test_missing_and_short_files_of_plain_dcp_are_named(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
