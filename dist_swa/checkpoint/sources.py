@@ -168,14 +168,10 @@ def _open_average(reader: CheckpointReader, key: str, average: Average) -> Sourc
     stored = {name: tuple(slot[name] for slot in slots) for name in slots[0]}
     stored |= {name: (buffer,) for name, buffer in _below(reader, f"{key}.buffers").items()}
     ties = {name: _string_list(reader, tied) for name, tied in _below(reader, f"{key}.ties").items()}
-    stored = _with_aliases(stored, ties)
     stored |= _not_averaged(reader, key, stored.keys(), {alias for aliases in ties.values() for alias in aliases})
-    return Source(reader, key, _with_aliases(stored, ties))
-
-
-def _with_aliases(stored: Mapping[str, tuple[str, ...]], ties: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
-    aliases = {alias: stored[name] for name in ties if name in stored for alias in ties[name]}
-    return {**stored, **aliases}
+    for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
+        stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
+    return Source(reader, key, stored)
 
 
 def _not_averaged(

@@ -1,4 +1,4 @@
-"""What is exported loads strictly, is the average to the bit, and takes memory near a rank's shard."""
+"""An export loads strictly, has the bits of the average, and needs memory for little more than a rank's shard."""
 
 import json
 import os
@@ -26,13 +26,13 @@ from dist_swa import EMA, SWA, Equal, ShardedAverage, Window, checkpoint
 from dist_swa.checkpoint import safetensors_io
 from dist_swa.checkpoint.export import _ShardWriter
 from models import Net, build, group_of, same_bits, trajectory, wrap, write
-from ranks import run_on_ranks
+from ranks import on_ranks, run_on_ranks
 
 WRAPPERS = ("plain", "group", "ddp", "fsdp1", "fsdp1 flat", "fsdp2", "hsdp", "tp", "fsdp2+tp")
 
 
 class Odd(Net):
-    """Also a parameter without dimensions, a complex and a strided one, a tied buffer, and one of booleans."""
+    """Adds a 0-dim, a complex and a strided parameter, a tied buffer of booleans and a bfloat16 buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def build_odd() -> Odd:
 
 
 def averaged(model: nn.Module, wrapper: str = "plain", **options: Any) -> ShardedAverage:
-    """Return an average of three models whose buffers differ from rank to rank, and from what the model is then."""
+    """Return an average of three models."""
     average = ShardedAverage(model, process_group=group_of(wrapper), **options)
     for values in trajectory(3, build_odd()):
         write(model, values)
@@ -65,36 +65,60 @@ def load_strictly(path: Path, model: nn.Module | None = None) -> dict[str, Tenso
     return state
 
 
-def export_all(folder: Path) -> None:
-    """Every wrapper, straight from the run and through a checkpoint, gives the full state dict of the average."""
+def build_for(wrapper: str) -> Net:
+    return build() if "fsdp" in wrapper or wrapper == "hsdp" else build_odd()  # FSDP refuses such parameters
+
+
+def saved(average: ShardedAverage, model: nn.Module, is_live: bool, path: Path) -> ShardedAverage | Path:
+    """Return what to export: the average itself, or a checkpoint of it."""
+    if is_live:
+        return average
+    checkpoint.save({"model": get_model_state_dict(model), "swa": average}, path)
+    return path
+
+
+LIVE_OR_STORED = pytest.mark.parametrize("is_live", [True, False], ids=["live", "stored"])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@on_ranks(1, 2, 3, 4)
+def test_every_wrapper_is_exported_to_the_bit(tmp_path: Path, wrapper: str) -> None:
+    model = wrap(build_for(wrapper), wrapper)
+    average = averaged(model, wrapper)
+    expected = average.full_state_dict()
+    checkpoint.export(average, tmp_path / "live")
+    checkpoint.export(saved(average, model, False, tmp_path / "saved"), tmp_path / "stored")
+    for out in (tmp_path / "live", tmp_path / "stored") if expected else ():  # on the first rank
+        assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+        assert same_bits(load_strictly(out / "model.safetensors", build_for(wrapper)), expected)
+
+
+def save_all(folder: Path) -> None:
     for wrapper in WRAPPERS:
-        build_one = build if "fsdp" in wrapper or wrapper == "hsdp" else build_odd  # FSDP takes no odd ones
-        model = wrap(build_one(), wrapper)
+        model = wrap(build_for(wrapper), wrapper)
         average = averaged(model, wrapper)
-        expected = average.full_state_dict()
-        checkpoint.export(average, folder / wrapper / "live")
-        checkpoint.save({"model": get_model_state_dict(model), "swa": average}, folder / wrapper / "saved")
-        checkpoint.export(folder / wrapper / "saved", folder / wrapper / "stored")
-        if expected:  # the first rank
-            for name in ("live", "stored"):
-                found = load_strictly(folder / wrapper / name / "model.safetensors", build_one())
-                assert same_bits(found, expected), (wrapper, name)
-                assert [path.name for path in (folder / wrapper / name).iterdir()] == ["model.safetensors"]
+        checkpoint.export(average, folder / f"{wrapper}.safetensors")
+        saved(average, model, False, folder / wrapper)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_wrapper_is_exported_to_the_bit(tmp_path: Path, ranks: int) -> None:
-    run_on_ranks(export_all, ranks, tmp_path)
-    for wrapper in WRAPPERS:  # and by one process without a group
-        checkpoint.export(tmp_path / wrapper / "saved", tmp_path / wrapper / "here.safetensors")
-        same = (tmp_path / wrapper / name for name in ("here.safetensors", "live/model.safetensors"))
-        here, live = (path.read_bytes() for path in same)
-        assert here == live
+@pytest.fixture(scope="module")
+def of_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint and a live export of every wrapper."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(save_all, 4, folder)
+    return folder
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_one_process_without_a_group_writes_the_same_bytes(of_four_ranks: Path, tmp_path: Path, wrapper: str) -> None:
+    checkpoint.export(of_four_ranks / wrapper, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == (of_four_ranks / f"{wrapper}.safetensors").read_bytes()
+
+
+@LIVE_OR_STORED
 @pytest.mark.parametrize("rule", [Equal(), EMA(decay=0.9), Window(2), Window(5)])
 @pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_slots_and_buffers(tmp_path: Path, rule: Any, buffers: str) -> None:
+def test_slots_and_buffers(tmp_path: Path, rule: Any, buffers: str, is_live: bool) -> None:
     model = build_odd()
     average = ShardedAverage(model, rule, buffers=buffers)
     for i, values in enumerate(trajectory(4, model)):
@@ -103,11 +127,8 @@ def test_slots_and_buffers(tmp_path: Path, rule: Any, buffers: str) -> None:
         model.short.fill_(1 + i / 100)
         average.update()
     model.get_buffer("norm.running_mean").fill_(9)
-    checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / "saved")
-    for source in (average, tmp_path / "saved"):
-        out = tmp_path / f"{type(source).__name__}.safetensors"
-        checkpoint.export(source, out)
-        assert same_bits(load_strictly(out), average.full_state_dict())
+    checkpoint.export(saved(average, model, is_live, tmp_path / "saved"), tmp_path / "out.safetensors")
+    assert same_bits(load_strictly(tmp_path / "out.safetensors"), average.full_state_dict())
 
 
 def several(model: nn.Module) -> SWA:
@@ -119,27 +140,37 @@ def several(model: nn.Module) -> SWA:
     return swa
 
 
-def test_key_names_one_of_several(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["short", "long"])
+@LIVE_OR_STORED
+def test_key_selects_one_of_several_averages(tmp_path: Path, name: str, is_live: bool) -> None:
     model = build()
     swa = several(model)
     checkpoint.save({"model": model.state_dict(), "swa": swa, "epoch": 3}, tmp_path / "saved")
-    for name in ("short", "long"):
-        checkpoint.export(swa, tmp_path / f"live {name}", key=name)
-        checkpoint.export(tmp_path / "saved", tmp_path / f"stored {name}", key=f"swa.{name}")
-        for kind in ("live", "stored"):
-            found = load_strictly(tmp_path / f"{kind} {name}" / "model.safetensors", build())
-            assert same_bits(found, swa.average.full_state_dict(name))
-    checkpoint.export(tmp_path / "saved", tmp_path / "model", key="model")
-    assert same_bits(load_strictly(tmp_path / "model" / "model.safetensors", build()), model.state_dict())
+    source, key = (swa, name) if is_live else (tmp_path / "saved", f"swa.{name}")
+    checkpoint.export(source, tmp_path / "out.safetensors", key=key)
+    assert same_bits(load_strictly(tmp_path / "out.safetensors", build()), swa.average.full_state_dict(name))
+
+
+def test_key_selects_the_model(tmp_path: Path) -> None:
+    model = build()
+    checkpoint.save({"model": model.state_dict(), "swa": several(model)}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "out.safetensors", key="model")
+    assert same_bits(load_strictly(tmp_path / "out.safetensors", build()), model.state_dict())
+
+
+@pytest.mark.parametrize("key", [None, "swa", "epoch"])
+def test_an_ambiguous_key_lists_the_keys(tmp_path: Path, key: str | None) -> None:
+    model = build()
+    swa = several(model)
+    checkpoint.save({"model": model.state_dict(), "swa": swa, "epoch": 3}, tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"got key={key!r} for .*; pass one of swa.short, swa.long, model"):
+        checkpoint.export(tmp_path / "saved", tmp_path / "none", key=key)
     with pytest.raises(ValueError, match=r"needs the name of an average, got name=None; pass one of short, long"):
         checkpoint.export(swa, tmp_path / "none")
-    for key in (None, "swa", "epoch"):
-        with pytest.raises(ValueError, match=rf"got key={key!r} for .*; pass one of swa.short, swa.long, model"):
-            checkpoint.export(tmp_path / "saved", tmp_path / "none", key=key)
     assert not (tmp_path / "none").exists()
 
 
-def test_ddps_own_state_dict_is_a_model(tmp_path: Path) -> None:
+def test_the_prefix_of_a_ddp_state_dict_is_removed(tmp_path: Path) -> None:
     average = averaged(build_odd())
     wrapped = {f"module.{name}": value for name, value in build_odd().state_dict().items()}
     checkpoint.save({"model": wrapped, "swa": average}, tmp_path / "saved")
@@ -147,99 +178,130 @@ def test_ddps_own_state_dict_is_a_model(tmp_path: Path) -> None:
     assert same_bits(load_strictly(tmp_path / "out.safetensors"), average.full_state_dict())
 
 
-def test_parameters_that_are_not_averaged_have_to_come_from_somewhere(tmp_path: Path) -> None:
-    model = build()
-    average = averaged(model, parameters="up.*")
-    checkpoint.save({"swa": average}, tmp_path / "alone")
-    checkpoint.save({"model": {f"my.{n}": v for n, v in model.state_dict().items()}, "swa": average}, tmp_path / "odd")
-    for name in ("alone", "odd"):
-        with pytest.raises(
-            ValueError, match=r"needs the 7 parameters that are not averaged .*, got 0 of them .*'model'"
-        ):
-            checkpoint.export(tmp_path / name, tmp_path / "out")
-    some = {name: value for name, value in model.state_dict().items() if name != "one_row"}
-    checkpoint.save({"model": some, "swa": average}, tmp_path / "partial")
-    with pytest.raises(ValueError, match=r"needs the 7 parameters that are not averaged .*, got 6 of them"):
-        checkpoint.export(tmp_path / "partial", tmp_path / "out")
-    checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / "whole")
-    checkpoint.export(tmp_path / "whole", tmp_path / "out.safetensors")
-    assert same_bits(load_strictly(tmp_path / "out.safetensors", build()), average.full_state_dict())
-    plain = nn.Linear(2, 2)
-    everything = ShardedAverage(plain)
-    everything.update()
-    checkpoint.save({"swa": everything}, tmp_path / "everything")  # no model is needed
-    checkpoint.export(tmp_path / "everything", tmp_path / "everything.safetensors")
-    load_strictly(tmp_path / "everything.safetensors", plain)
+def entry_of_model(kind: str) -> dict[str, Any]:
+    state = build().state_dict()
+    if kind == "missing":
+        return {}
+    if kind == "other names":
+        return {"model": {f"my.{name}": value for name, value in state.items()}}
+    return {"model": {name: value for name, value in state.items() if kind == "complete" or name != "one_row"}}
 
 
-def test_dtype_is_of_all_that_is_floating(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "found"), [("missing", 0), ("other names", 0), ("partial", 6)])
+def test_parameters_that_are_not_averaged_are_required(tmp_path: Path, kind: str, found: int) -> None:
+    checkpoint.save({**entry_of_model(kind), "swa": averaged(build(), parameters="up.*")}, tmp_path / "saved")
+    message = rf"needs the 7 parameters that are not averaged .*, got {found} of them .*'model'"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.export(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_that_are_not_averaged_come_from_the_model(tmp_path: Path) -> None:
+    average = averaged(build(), parameters="up.*")
+    checkpoint.save({**entry_of_model("complete"), "swa": average}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "out.safetensors")
+    expected = average.full_state_dict()
+    found = load_strictly(tmp_path / "out.safetensors", build())
+    averaged_names = [name for name in expected if name.startswith("up.")]
+    assert same_bits(found, expected, averaged_names)
+    assert same_bits(found, build().state_dict(), [name for name in expected if name not in averaged_names])
+
+
+def test_an_average_of_all_parameters_needs_no_model(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    average = ShardedAverage(model)
+    average.update()
+    checkpoint.save({"swa": average}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "out.safetensors")
+    load_strictly(tmp_path / "out.safetensors", model)
+
+
+@LIVE_OR_STORED
+def test_dtype_converts_all_floating_tensors(tmp_path: Path, is_live: bool) -> None:
     model = build_odd()
     average = averaged(model)
-    checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / "saved")
-    whole = average.full_state_dict()
-    expected = {name: value.bfloat16() if value.is_floating_point() else value for name, value in whole.items()}
+    full = average.full_state_dict()
+    expected = {name: value.bfloat16() if value.is_floating_point() else value for name, value in full.items()}
     assert {value.dtype for value in expected.values()} == {torch.bfloat16, torch.complex64, torch.int64, torch.bool}
-    for source in (average, tmp_path / "saved"):
-        out = tmp_path / f"{type(source).__name__}.safetensors"
-        checkpoint.export(source, out, dtype=torch.bfloat16)
-        assert same_bits(load_strictly(out), expected)
+    source = saved(average, model, is_live, tmp_path / "saved")
+    checkpoint.export(source, tmp_path / "out.safetensors", dtype=torch.bfloat16)
+    assert same_bits(load_strictly(tmp_path / "out.safetensors"), expected)
+
+
+def test_a_value_that_overflows_the_dtype_raises(tmp_path: Path) -> None:
+    model = build_odd()
+    average = averaged(model)
     model.get_buffer("norm.running_var").fill_(1e6)
     average.update()
     with pytest.raises(ValueError, match=r"can hold, got 1e\+06 in norm.running_var; choose torch.bfloat16"):
         checkpoint.export(average, tmp_path / "half", dtype=torch.float16)
-    for dtype in (torch.int8, "float16"):
-        with pytest.raises(ValueError, match=r"export needs a floating torch.dtype, got dtype="):
-            checkpoint.export(average, tmp_path / "half", dtype=dtype)  # type: ignore[arg-type]
     assert not (tmp_path / "half").exists()
 
 
-def test_dtypes_of_8_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+def test_a_dtype_that_is_not_floating_is_refused(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"export needs a floating torch.dtype, got dtype="):
+        checkpoint.export(averaged(build()), tmp_path / "half", dtype=dtype)
+    assert not (tmp_path / "half").exists()
+
+
+DTYPES_OF_8_BITS = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+
+
+def linear_average(second: float) -> ShardedAverage:
     model = nn.Linear(2, 1, bias=False)
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        write(model, {"weight": torch.tensor([[0.3, 400.0]])})
-        average = ShardedAverage(model)
-        average.update()
-        checkpoint.save({"swa": average}, tmp_path / f"{dtype}")
-        for source in (average, tmp_path / f"{dtype}"):
-            out = tmp_path / f"{type(source).__name__} {dtype}.safetensors"
-            checkpoint.export(source, out, dtype=dtype)
-            expected = torch.tensor([[0.3, 400.0]]).to(dtype)
-            assert torch.equal(load_file(out)["weight"].float(), expected.float())
-            checkpoint.export(out, tmp_path / f"wide {out.name}", dtype=torch.float32)
-            assert torch.equal(load_file(tmp_path / f"wide {out.name}")["weight"], expected.float())
-        write(model, {"weight": torch.tensor([[0.3, -1e6]])})
-        average = ShardedAverage(model)
-        average.update()
-        with pytest.raises(ValueError, match=rf"{dtype} can hold, got 1e\+06 in weight; choose torch.bfloat16"):
-            checkpoint.export(average, tmp_path / "none", dtype=dtype)
+    write(model, {"weight": torch.tensor([[0.3, second]])})
+    average = ShardedAverage(model)
+    average.update()
+    return average
+
+
+@DTYPES_OF_8_BITS
+@LIVE_OR_STORED
+def test_dtypes_of_8_bits_are_written_and_read(tmp_path: Path, dtype: torch.dtype, is_live: bool) -> None:
+    narrow, wide = tmp_path / "narrow.safetensors", tmp_path / "wide.safetensors"
+    average = linear_average(400.0)
+    checkpoint.export(saved(average, nn.Linear(2, 1, bias=False), is_live, tmp_path / "saved"), narrow, dtype=dtype)
+    checkpoint.export(narrow, wide, dtype=torch.float32)
+    expected = torch.tensor([[0.3, 400.0]]).to(dtype).float()
+    assert load_file(narrow)["weight"].dtype == dtype
+    assert torch.equal(load_file(narrow)["weight"].float(), expected)
+    assert torch.equal(load_file(wide)["weight"], expected)
+
+
+@DTYPES_OF_8_BITS
+def test_a_value_that_overflows_8_bits_raises(tmp_path: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"{dtype} can hold, got 1e\+06 in weight; choose torch.bfloat16"):
+        checkpoint.export(linear_average(-1e6), tmp_path / "none", dtype=dtype)
     assert not (tmp_path / "none").exists()
 
 
-def many_files(folder: Path) -> None:
+def many_files(folder: Path) -> dict[str, Tensor]:
     safetensors_io._MAX_FILE_BYTES = 200
     model = wrap(build(), "fsdp2")
     average = averaged(model)
-    checkpoint.export(average, folder / "live")
-    checkpoint.save({"model": get_model_state_dict(model), "swa": average}, folder / "saved")
-    checkpoint.export(folder / "saved", folder / "stored")
-    if expected := average.full_state_dict():
-        for name in ("live", "stored"):
-            index = json.loads((folder / name / "model.safetensors.index.json").read_text())
-            files = {path.name: load_file(path) for path in (folder / name).glob("*.safetensors")}
-            assert len(files) > 3
-            assert all(sum(value.nbytes for value in tensors.values()) <= 200 for tensors in files.values())
-            assert index["weight_map"] == {key: file for file, tensors in files.items() for key in tensors}
-            assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
-            whole = {key: value for tensors in files.values() for key, value in tensors.items()}
-            assert same_bits(whole, expected)
-            assert len(list((folder / name).iterdir())) == len(files) + 1
+    for is_live, name in ((True, "live"), (False, "stored")):
+        checkpoint.export(saved(average, model, is_live, folder / "saved"), folder / name)
+    return average.full_state_dict()
 
 
-def test_many_files_have_an_index(tmp_path: Path) -> None:
-    run_on_ranks(many_files, 2, tmp_path)
+def test_several_files_have_an_index(tmp_path: Path) -> None:
+    expected, _ = run_on_ranks(many_files, 2, tmp_path)
+    for folder in (tmp_path / "live", tmp_path / "stored"):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+        assert len(files) > 3
+        assert all(sum(value.nbytes for value in tensors.values()) <= 200 for tensors in files.values())
+        assert index["weight_map"] == {key: file for file, tensors in files.items() for key in tensors}
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+        assert same_bits({key: value for tensors in files.values() for key, value in tensors.items()}, expected)
+        assert len(list(folder.iterdir())) == len(files) + 1
 
 
-def test_transformers_opens_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("max_file_bytes", "min_files"), [(10**9, 1), (2000, 4)])
+def test_transformers_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_file_bytes: int, min_files: int
+) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.GPT2Config(vocab_size=60, n_positions=16, n_embd=8, n_layer=2, n_head=2)
     with torch.random.fork_rng():
@@ -250,16 +312,13 @@ def test_transformers_opens_it(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     average.update()
-    for limit in (10**9, 2000):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(safetensors_io, "_MAX_FILE_BYTES", limit)
-            checkpoint.export(average, tmp_path / str(limit))
-        config.save_pretrained(tmp_path / str(limit))
-        loaded, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / str(limit), output_loading_info=True)
-        assert not any(info.values()), info
-        expected = average.full_state_dict()
-        assert same_bits(loaded.state_dict(), expected)
-    assert len(list((tmp_path / "2000").glob("*.safetensors"))) > 3
+    monkeypatch.setattr(safetensors_io, "_MAX_FILE_BYTES", max_file_bytes)
+    checkpoint.export(average, tmp_path / "out")
+    config.save_pretrained(tmp_path / "out")
+    loaded, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert same_bits(loaded.state_dict(), average.full_state_dict())
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) >= min_files
 
 
 def peak_of(call: Callable[[], None]) -> int:
@@ -278,7 +337,7 @@ NUM_LAYERS, LAYER_BYTES = 64, 1 << 20
 
 
 def export_large(folder: Path) -> list[float]:
-    """Return the peaks, in parts of what a rank holds of the model."""
+    """Return the peaks of memory, in units of this rank's shard of the model."""
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(NUM_LAYERS)))
     for layer in model:
         fully_shard(layer)
@@ -295,13 +354,12 @@ def export_large(folder: Path) -> list[float]:
 
 def test_memory_per_rank_stays_near_its_shard(tmp_path: Path) -> None:
     for one_file, eight_files in run_on_ranks(export_large, 4, tmp_path):
-        assert one_file < 3.5  # the model is 4, its file thrice 12
+        assert one_file < 3.5  # the full model is 4
         assert eight_files < 1
     assert len(list((tmp_path / "eight files").glob("*.safetensors"))) == 8
 
 
 def errors_everywhere(folder: Path) -> None:
-    """What fails on one rank raises on all of them, and nothing appears."""
     average = ShardedAverage(wrap(build(), "fsdp2"))
     with pytest.raises(RuntimeError, match=r"needs an average, got num_averaged=0; call update first"):
         checkpoint.export(average, folder / "early")
@@ -321,7 +379,7 @@ def errors_everywhere(folder: Path) -> None:
     checkpoint.export(average, folder / "again")
 
 
-def test_errors_are_everybodys(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_raises_on_all(tmp_path: Path) -> None:
     run_on_ranks(errors_everywhere, 2, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "there"]
     load_strictly(tmp_path / "again" / "model.safetensors", build())
@@ -354,34 +412,49 @@ class Extra(nn.Linear):
     def set_extra_state(self, state: Any) -> None: ...
 
 
-@pytest.mark.parametrize(("width", "left_out"), [(2, True), (3, False)])
-def test_extra_state_is_exported_where_it_is_a_tensor(tmp_path: Path, width: int, left_out: bool) -> None:
+@LIVE_OR_STORED
+@pytest.mark.parametrize(("width", "left_out"), [(2, True), (3, False)], ids=["text", "tensor"])
+def test_extra_state_is_left_out_unless_it_is_a_tensor(
+    tmp_path: Path, width: int, left_out: bool, is_live: bool
+) -> None:
     model = nn.Sequential(Extra(2, width))
     average = ShardedAverage(model)
     average.update()
-    checkpoint.save({"model": model.state_dict(), "swa": average}, tmp_path / "saved")
-    for source in (average, tmp_path / "saved"):
-        out = tmp_path / f"{type(source).__name__}.safetensors"
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            checkpoint.export(source, out)
-        messages = [str(warning.message) for warning in caught]
-        assert messages == ["safetensors hold tensors only: left out 0._extra_state"] * left_out
-        assert ("0._extra_state" in load_file(out)) == (not left_out)
-        model.load_state_dict(load_file(out), strict=not left_out)
+    source: Any = average
+    if not is_live:
+        source = tmp_path / "saved"
+        checkpoint.save({"model": model.state_dict(), "swa": average}, source)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint.export(source, tmp_path / "out.safetensors")
+    messages = [str(warning.message) for warning in caught]
+    assert messages == ["safetensors hold tensors only: left out 0._extra_state"] * left_out
+    state = load_file(tmp_path / "out.safetensors")
+    assert ("0._extra_state" in state) == (not left_out)
+    model.load_state_dict(state, strict=not left_out)
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
+def test_a_source_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"export needs an SWA, a ShardedAverage or a path, got source=Linear"):
         checkpoint.export(nn.Linear(2, 2), tmp_path / "out")  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match=r"a checkpoint or safetensors are needed, got nothing at .*nowhere"):
-        checkpoint.export(tmp_path / "nowhere", tmp_path / "out")
-    folder = checkpoint.CheckpointFolder(tmp_path / "run")
-    folder.save(3, {"swa": ShardedAverage(build())})
-    with pytest.raises(ValueError, match=r"got .*run; choose one of step-000000003 in it"):
-        checkpoint.export(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"needs an average of models, got num_averaged=0 of swa in"):
-        checkpoint.export(tmp_path / "run" / "step-000000003", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("nowhere", FileNotFoundError, r"a checkpoint or safetensors are needed, got nothing at .*nowhere"),
+        ("run", ValueError, r"got .*run; choose one of step-000000003 in it"),
+        ("run/step-000000003", ValueError, r"needs an average of models, got num_averaged=0 of swa in"),
+    ],
+)
+def test_a_path_without_an_average_is_refused(tmp_path: Path, path: str, error: type[Exception], message: str) -> None:
+    checkpoint.CheckpointFolder(tmp_path / "run").save(3, {"swa": ShardedAverage(build())})
+    with pytest.raises(error, match=message):
+        checkpoint.export(tmp_path / path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_safetensors_lack_is_refused(tmp_path: Path) -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.complex128))
     average = ShardedAverage(model, dtype=torch.float64)
@@ -411,7 +484,7 @@ def state_of(average: ShardedAverage, **changes: Any) -> dict[str, Any]:
         ({"ties": {"tied.weight": torch.tensor(list(b"[3]"))}}, r"got an odd swa.ties.tied.weight in"),
     ],
 )
-def test_odd_state_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_damaged_state_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     checkpoint.save(state_of(averaged(build()), **changes), tmp_path / "saved")
     with pytest.raises(ValueError, match=message):
         checkpoint.export(tmp_path / "saved", tmp_path / "out")
@@ -423,16 +496,20 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_nothing_on_disk_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["saved", "x.safetensors"])
+@pytest.mark.parametrize(
+    "read", [checkpoint.export, lambda path, out: checkpoint.merge([path], out)], ids=["export", "merge"]
+)
+def test_reading_a_file_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path, Path], None]
+) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint.save(state_of(averaged(build())), tmp_path / "saved")
     (tmp_path / "saved" / "SHA256SUMS").unlink()
     (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(Evil()))
     torch.save({"up.weight": Evil()}, tmp_path / "x.safetensors")
-    for path in (tmp_path / "saved", tmp_path / "x.safetensors"):
-        for read in (checkpoint.export, lambda path, out: checkpoint.merge([path], out)):
-            with pytest.raises(checkpoint.CheckpointError, match=path.name):
-                read(path, tmp_path / "out")
+    with pytest.raises(checkpoint.CheckpointError, match=name):
+        read(tmp_path / name, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "x.safetensors"]
 
 
@@ -447,16 +524,16 @@ def test_damage_is_found_and_nothing_appears(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_files_are_as_safetensors_wants_them(tmp_path: Path) -> None:
-    for i, model in enumerate((build_odd(), build(), nn.Linear(2, 2))):
-        average = ShardedAverage(model)
-        average.update()
-        path = tmp_path / f"{i}.safetensors"
-        checkpoint.export(average, path)
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == {"format": "pt"}
-        header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
-        assert header_bytes % 8 == 0
-        header = json.loads(path.read_bytes()[8 : 8 + header_bytes])
-        sizes = {"F32": 4, "I64": 8, "C64": 8, "BOOL": 1, "BF16": 2}
-        assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for n, entry in header.items() if n[0] != "_")
+@pytest.mark.parametrize("build_model", [build_odd, build, partial(nn.Linear, 2, 2)], ids=["odd", "net", "linear"])
+def test_tensors_are_aligned(tmp_path: Path, build_model: Callable[[], nn.Module]) -> None:
+    average = ShardedAverage(build_model())
+    average.update()
+    path = tmp_path / "out.safetensors"
+    checkpoint.export(average, path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0
+    header = json.loads(path.read_bytes()[8 : 8 + header_bytes])
+    sizes = {"F32": 4, "I64": 8, "C64": 8, "BOOL": 1, "BF16": 2}
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for n, entry in header.items() if n[0] != "_")

@@ -1,9 +1,8 @@
-"""Merged weights are the float64 sum, whatever they lie in, whoever does the work, and within little memory."""
+"""Merged weights are the float64 sum in every format and on any number of ranks, and need little memory."""
 
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from reference import closed_form, weighted_sum
 
 
 def states(count: int, **extra: Tensor) -> list[dict[str, Tensor]]:
-    """Return random tensors of several dtypes and shapes, and the numbers of the sources."""
+    """Return random tensors of several dtypes and shapes; "count" is the index of the source."""
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +62,7 @@ def saved(folder: Path, values: list[dict[str, Tensor]], kinds: str = "sc") -> l
 
 
 def loaded(path: Path) -> dict[str, Tensor]:
-    """Return what a merge has written."""
+    """Return the tensors in the output of a merge."""
     if path.is_file() or not (path / ".metadata").exists():
         return load_file(path if path.is_file() else path / "model.safetensors")
     reader = checkpoint.open_checkpoint(path)
@@ -71,7 +70,7 @@ def loaded(path: Path) -> dict[str, Tensor]:
 
 
 def expected(coefficients: list[float], values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the float64 sums, rounded; what is not floating from the last."""
+    """Return the rounded float64 sums; tensors that are not floating come from the last state."""
     result = {}
     for name, last in values[-1].items():
         if last.is_floating_point():
@@ -97,7 +96,7 @@ RULES: list[Rule] = [
 
 
 def is_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Whether all is equal, but for a unit in the last place, or the 1e-12 of `math.lgamma` in closed forms."""
+    """Whether tensors are equal up to one unit in the last place, or the 1e-12 of `math.lgamma` in closed forms."""
     return left.keys() == right.keys() and all(
         value.dtype == right[name].dtype
         and value.shape == right[name].shape
@@ -130,7 +129,7 @@ def test_weights(tmp_path: Path, weights: list[float], normalize: bool, coeffici
     assert is_close(loaded(tmp_path / "out"), expected(coefficients, values))
 
 
-def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> None:
+def test_a_source_of_weight_0_has_no_effect_even_if_it_is_infinite(tmp_path: Path) -> None:
     values = [{"x": torch.tensor([number])} for number in (torch.inf, 1.0, 3.0)]
     paths = saved(tmp_path, values, "s")
     checkpoint.merge(paths, tmp_path / "window.safetensors", rule=Window(2))
@@ -139,7 +138,7 @@ def test_a_source_of_weight_0_is_left_out_whatever_it_holds(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:negative weights")
-def test_large_weights_of_a_small_sum_are_no_rounding(tmp_path: Path) -> None:
+def test_large_weights_of_a_small_sum_are_accepted(tmp_path: Path) -> None:
     values = [{"x": torch.tensor([number], dtype=torch.float64)} for number in (1.0, 3.0)]
     paths = saved(tmp_path, values, "s")
     checkpoint.merge(paths, tmp_path / "divided.safetensors", weights=[1e9, 1 - 1e9])
@@ -148,32 +147,45 @@ def test_large_weights_of_a_small_sum_are_no_rounding(tmp_path: Path) -> None:
     assert loaded(tmp_path / "as given.safetensors")["x"] == -2e20
 
 
-def test_what_the_dtype_cannot_hold_raises(tmp_path: Path) -> None:
-    """But what a source has of infinity and NaN stays."""
-    for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
-        largest = torch.finfo(dtype).max
-        values = [{"x": torch.tensor([1.0, number]).to(dtype)} for number in (largest, largest, torch.nan, torch.inf)]
-        paths = saved(tmp_path, values, "sc")
-        for out in ("out", "out.safetensors"):
-            message = rf"{dtype} can hold, got {2 * largest:g} in x; choose smaller".replace("+", r"\+")
-            with pytest.raises(ValueError, match=message):
-                checkpoint.merge(paths[:2], tmp_path / out, key="model", weights=[1, 1], normalize=False)
-            assert not (tmp_path / out).exists()
-        checkpoint.merge([*paths[:2], paths[0]], tmp_path / "thirds.safetensors", key="model")
-        assert loaded(tmp_path / "thirds.safetensors")["x"].float()[1] == largest
-        checkpoint.merge([paths[0], paths[2]], tmp_path / f"{dtype}.safetensors", key="model")
-        if dtype == torch.float16:
-            checkpoint.merge([paths[0], paths[3]], tmp_path / "inf.safetensors", key="model")
-            assert loaded(tmp_path / "inf.safetensors")["x"][1] == torch.inf
-        found = loaded(tmp_path / f"{dtype}.safetensors")["x"].float()
-        assert found[0] == 1
-        assert found[1].isnan()
-        for path in tmp_path.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+NARROW = pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+
+
+@NARROW
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_a_sum_that_overflows_its_dtype_raises(tmp_path: Path, dtype: torch.dtype, out: str) -> None:
+    largest = torch.finfo(dtype).max
+    paths = saved(tmp_path, [{"x": torch.tensor([1.0, largest]).to(dtype)}] * 2)
+    message = rf"{dtype} can hold, got {2 * largest:g} in x; choose smaller".replace("+", r"\+")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.merge(paths, tmp_path / out, key="model", weights=[1, 1], normalize=False)
+    assert not (tmp_path / out).exists()
+
+
+@NARROW
+def test_an_average_of_the_largest_value_does_not_overflow(tmp_path: Path, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    paths = saved(tmp_path, [{"x": torch.tensor([1.0, largest]).to(dtype)}] * 3)
+    checkpoint.merge(paths, tmp_path / "out.safetensors", key="model")
+    assert loaded(tmp_path / "out.safetensors")["x"].float()[1] == largest
+
+
+@pytest.mark.parametrize(
+    ("dtype", "special"),
+    [
+        (torch.float16, torch.inf),
+        *((dtype, torch.nan) for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)),
+    ],
+    ids=str,
+)
+def test_infinity_and_nan_of_a_source_are_kept(tmp_path: Path, dtype: torch.dtype, special: float) -> None:
+    values = [{"x": torch.tensor([1.0, number]).to(dtype)} for number in (torch.finfo(dtype).max, special)]
+    checkpoint.merge(saved(tmp_path, values), tmp_path / "out.safetensors", key="model")
+    found = loaded(tmp_path / "out.safetensors")["x"].float()
+    assert torch.allclose(found, torch.tensor([1.0, special]), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:negative weights")
-def test_weights_that_cancel_but_for_rounding(tmp_path: Path) -> None:
+def test_weights_that_cancel_up_to_rounding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs weights whose sum is not 0, got weights=\[0.1, 0.2, -0.3\]; pass"):
         checkpoint.merge(saved(tmp_path, states(3), "s"), tmp_path / "out", weights=[0.1, 0.2, -0.3])
 
@@ -202,52 +214,65 @@ def test_reads_and_writes_both(tmp_path: Path, kinds: str, out: str) -> None:
         assert same_bits(state["model"], loaded(tmp_path / out))
 
 
+PREFIXES = ("0", "model")
+
+
+def flat_states() -> list[dict[str, Tensor]]:
+    """Return two states with dots in their names; one name starts with "model"."""
+    return [
+        {"w": torch.ones(1), "seen": torch.tensor(i)} | {f"{part}.w": torch.full((2,), float(i)) for part in PREFIXES}
+        for i in range(2)
+    ]
+
+
+def save_flat(folder: Path, kind: str) -> list[Path]:
+    """Save `flat_states` without an entry, as plain dcp.save does for "dcp" and "ddp", or beside other entries."""
+    paths = [folder / f"{kind}{i}" for i in range(2)]
+    for path, state in zip(paths, flat_states(), strict=True):
+        if kind == "beside":
+            checkpoint.save({"net": {"w": torch.zeros(1)}, "epoch": 3, **state}, path)
+            continue
+        with no_group_is_fine():
+            dcp_save({f"{'module.' * (kind == 'ddp')}{name}": v for name, v in state.items()}, checkpoint_id=path)
+    return paths
+
+
 @pytest.mark.filterwarnings("ignore:.* tensors only. left out epoch")
-def test_a_checkpoint_whose_top_level_is_the_model(tmp_path: Path) -> None:
-    """As plain dcp.save makes one of ``model.state_dict()``, DDP's too; names have dots, and one is "model"."""
-    values = [{f"{part}.w": torch.full((2,), float(i)) for part in ("0", "model")} for i in range(2)]
-    values = [{"w": torch.ones(1), "seen": torch.tensor(i), **state} for i, state in enumerate(values)]
-    average = {**values[1], "0.w": torch.full((2,), 0.5), "model.w": torch.full((2,), 0.5)}
-    for i, state in enumerate(values):
-        for prefix in ("", "module."):
-            renamed: dict[str, Any] = {f"{prefix}{name}": value for name, value in state.items()}
-            with no_group_is_fine():
-                dcp_save(renamed, checkpoint_id=tmp_path / f"{prefix}{i}")
-        checkpoint.save({"net": {"w": torch.zeros(1)}, "epoch": 3, **state}, tmp_path / f"mixed{i}")
-    cases: list[tuple[str, str | None]] = [("", None), ("", ""), ("module.", None), ("mixed", "")]
-    for i, (prefix, key) in enumerate(cases):
-        paths = [tmp_path / f"{prefix}{number}" for number in range(2)]
-        checkpoint.merge(paths, tmp_path / f"out{i}", key=key)
-        checkpoint.export(paths[1], tmp_path / f"out{i}.safetensors", key=key)
-        assert same_bits(loaded(tmp_path / f"out{i}"), average), (prefix, key)
-        assert same_bits(loaded(tmp_path / f"out{i}.safetensors"), values[1])
-    checkpoint.export(tmp_path / "out0", tmp_path / "again.safetensors")  # its only entry
+@pytest.mark.parametrize(("kind", "key"), [("dcp", None), ("dcp", ""), ("ddp", None), ("beside", "")])
+def test_a_checkpoint_without_entries_is_a_model(tmp_path: Path, kind: str, key: str | None) -> None:
+    last = flat_states()[1]
+    paths = save_flat(tmp_path, kind)
+    checkpoint.merge(paths, tmp_path / "out", key=key)
+    checkpoint.export(paths[1], tmp_path / "last.safetensors", key=key)
+    checkpoint.export(tmp_path / "out", tmp_path / "again.safetensors")  # its only entry
+    average = last | {f"{part}.w": torch.full((2,), 0.5) for part in PREFIXES}
+    assert same_bits(loaded(tmp_path / "out"), average)
     assert same_bits(loaded(tmp_path / "again.safetensors"), average)
-    checkpoint.merge([tmp_path / "0"], tmp_path / "part", key="model")  # the names below it, as before
-    assert same_bits(loaded(tmp_path / "part"), {"w": values[0]["model.w"]})
-    for path, key in (("mixed0", None), ("0", "epoch")):
-        with pytest.raises(ValueError, match=rf"the key of an entry, got {key=} for .*; pass one of \"\"(, net)?$"):
-            checkpoint.merge([tmp_path / path], tmp_path / "none", key=key)
+    assert same_bits(loaded(tmp_path / "last.safetensors"), last)
 
 
-def test_one_source_keeps_its_bits(tmp_path: Path) -> None:
+def test_a_prefix_of_names_is_a_key(tmp_path: Path) -> None:
+    checkpoint.merge(save_flat(tmp_path, "dcp")[:1], tmp_path / "out", key="model")
+    assert same_bits(loaded(tmp_path / "out"), {"w": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(("kind", "key"), [("beside", None), ("dcp", "epoch")])
+def test_an_unknown_key_of_a_checkpoint_without_entries_is_refused(tmp_path: Path, kind: str, key: str | None) -> None:
+    paths = save_flat(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"the key of an entry, got {key=} for .*; pass one of \"\"(, net)?$"):
+        checkpoint.merge(paths[:1], tmp_path / "none", key=key)
+
+
+@pytest.mark.parametrize("rule", RULES[:4], ids=str)
+def test_one_source_keeps_its_bits(tmp_path: Path, rule: Rule) -> None:
     special = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 3e38])
     (values,) = states(1, special=special, tiny=special.double() / 3)
     (path,) = saved(tmp_path, [values], "s")
-    for rule in RULES[:4]:
-        checkpoint.merge([path], tmp_path / f"{rule}.safetensors", rule=rule)
-        assert (tmp_path / f"{rule}.safetensors").read_bytes() == path_of_same(tmp_path, path).read_bytes()
-
-
-def path_of_same(folder: Path, path: Path) -> Path:
-    """Return the same tensors as this library writes them, by `export`."""
-    if not (folder / "same.safetensors").exists():
-        checkpoint.export(path, folder / "same.safetensors")
-    values, same = load_file(path), load_file(folder / "same.safetensors")
-    assert all(
-        torch.equal(value.view(-1).view(torch.uint8), same[n].view(-1).view(torch.uint8)) for n, value in values.items()
-    )
-    return folder / "same.safetensors"
+    checkpoint.merge([path], tmp_path / "out.safetensors", rule=rule)
+    merged = loaded(tmp_path / "out.safetensors")
+    assert merged.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(value.reshape(-1).view(torch.uint8), merged[name].reshape(-1).view(torch.uint8)), name
 
 
 def test_sums_are_exact_where_float32_is_not(tmp_path: Path) -> None:
@@ -266,7 +291,7 @@ def test_the_order_of_equal_sources_changes_no_bit(tmp_path: Path) -> None:
     assert len(results) == 1
 
 
-def test_averages_are_merged_with_buffers_ties_and_frozen_ones(tmp_path: Path) -> None:
+def test_averages_are_merged_with_buffers_and_tied_and_frozen_parameters(tmp_path: Path) -> None:
     fulls = []
     for i in range(3):
         model = build()

@@ -1,4 +1,4 @@
-"""A synthesized average is what a `PowerEMA` of that width would have kept, within the error that it says."""
+"""A synthesized average equals a `PowerEMA` of that width, up to the error that it returns."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ RULES = {"narrow": PowerEMA(0.05), "wide": PowerEMA(0.10), "plain": EMA(decay=0.
 
 
 class Walk(nn.Module):
-    """`one_hot` is the i-th unit vector in the i-th model, so that its average has the coefficients; `walk` drifts."""
+    """`one_hot` is the i-th unit vector in the i-th model, so its average has the coefficients; `walk` is random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def oracle(sigma_rel: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return what each model weighs in an average of that width, kept directly, and its `walk`, in float64."""
+    """Return the coefficients of a direct average of that width and its `walk`, in float64."""
     coefficients = np.array(closed_form(PowerEMA(sigma_rel), NUM_MODELS))
     walks = np.stack([values["walk"].double().numpy() for values in trajectory()])
     return coefficients, np.tensordot(coefficients, walks, 1)
@@ -77,7 +77,7 @@ def test_is_the_average_of_that_width_within_its_error(run: list[Path], tmp_path
     assert found["seen"] == NUM_MODELS
 
 
-def test_a_width_that_was_kept_comes_back(run: list[Path], tmp_path: Path) -> None:
+def test_a_saved_width_is_reproduced(run: list[Path], tmp_path: Path) -> None:
     checkpoint.export(run[-1], tmp_path / "kept.safetensors", key="swa.wide")
     checkpoint.synthesize(run, tmp_path / "made", sigma_rel=0.10)
     checkpoint.export(tmp_path / "made", tmp_path / "made.safetensors", key="model")
@@ -86,7 +86,7 @@ def test_a_width_that_was_kept_comes_back(run: list[Path], tmp_path: Path) -> No
 
 
 def test_no_other_coefficients_that_sum_to_1_are_better() -> None:
-    """The solution against numpy's of the system with a Lagrange multiplier, over more models than one block."""
+    """Compare with numpy's solution of the system with a Lagrange multiplier, for more models than one block."""
     num_models = 70_000
     tracks = [(n, PowerEMA(s)) for n in (20_000, 50_000, 70_000) for s in (0.05, 0.10)]
     found, error = synthesis(tracks, num_models, PowerEMA(0.15))
@@ -97,12 +97,12 @@ def test_no_other_coefficients_that_sum_to_1_are_better() -> None:
         return np.where(np.arange(1, num_models + 1) <= n, np.diff(edges), 0).astype(np.float64)
 
     matrix = np.stack([column(n, rule.sigma_rel) for n, rule in tracks], axis=1)
-    aim = column(num_models, 0.15)
+    target = column(num_models, 0.15)
     system = np.block([[matrix.T @ matrix, np.ones((6, 1))], [np.ones((1, 6)), np.zeros((1, 1))]])
-    best = np.linalg.solve(system, np.append(matrix.T @ aim, 1))[:-1]
+    best = np.linalg.solve(system, np.append(matrix.T @ target, 1))[:-1]
     assert found == pytest.approx(best, rel=1e-6)
     assert sum(found) == pytest.approx(1, abs=1e-14)
-    assert error == pytest.approx(np.linalg.norm(matrix @ best - aim) / np.linalg.norm(aim), rel=1e-6)
+    assert error == pytest.approx(np.linalg.norm(matrix @ best - target) / np.linalg.norm(target), rel=1e-6)
 
 
 def test_the_same_snapshot_twice_changes_nothing(run: list[Path], tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_ranks_share_the_work(run: list[Path], tmp_path: Path) -> None:
         (0.1, 0, None, r"merging needs a source or more, got sources=\[\]"),
     ],
 )
-def test_what_cannot_be_made_is_refused(
+def test_averages_that_do_not_suffice_are_refused(
     run: list[Path], tmp_path: Path, sigma_rel: float, count: int, key: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -165,13 +165,13 @@ def test_what_cannot_be_made_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_safetensors_know_of_no_rule(run: list[Path], tmp_path: Path) -> None:
+def test_safetensors_are_refused(run: list[Path], tmp_path: Path) -> None:
     checkpoint.export(run[0], tmp_path / "x.safetensors", key="swa.wide")
     with pytest.raises(ValueError, match=r"needs averages by PowerEMA, got key=None and no average in .*x.safetensors"):
         checkpoint.synthesize([tmp_path / "x.safetensors"], tmp_path / "out", sigma_rel=0.1)
 
 
-def test_more_models_than_can_be_counted_are_refused(tmp_path: Path) -> None:
+def test_too_many_models_are_refused(tmp_path: Path) -> None:
     average = ShardedAverage(Walk(), PowerEMA(0.10))
     average.update()
     checkpoint.save({"swa": average.state_dict() | {"num_averaged": torch.tensor(10**13)}}, tmp_path / "saved")
