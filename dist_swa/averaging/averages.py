@@ -10,7 +10,9 @@ import torch
 from dist_swa.averaging.lerp import lerp, plan
 from dist_swa.averaging.rules import Elapsed, Rule
 from dist_swa.averaging.state import AverageState, check_keys
+from dist_swa.collectives import fingerprint
 from dist_swa.sharding.model import ModelShards
+from dist_swa.sharding.shard import LocalShard
 
 _UNNAMED = ""  # the key of a single average, which has no name
 
@@ -48,6 +50,24 @@ class Averages:
     def get(self, action: str, name: str | None) -> AverageState:
         """Return the average `name`, or the only one; ValueError where `action` needs another name."""
         return self._states[checked_name(action, name, self._states)]
+
+    def averaged_shards(self) -> list[LocalShard]:
+        """Return the shards of what is averaged: parameters, and buffers where they are averaged."""
+        (state, *_) = self._states.values()
+        return [*self._shards.averaged, *state.averaged_buffers()]
+
+    def plain_fingerprints(self, with_others: bool) -> dict[str, int]:
+        """Return a hash of each plain parameter's averages and, `with_others`, of those that are not averaged."""
+        slots = [slot for state in self._states.values() for slot in state.slots]
+        stored = {shard: [slot[i] for slot in slots] for i, shard in enumerate(self._shards.averaged)}
+        stored |= {shard: [shard.local_tensor] for shard in self._shards.others if with_others}
+        hashes = {}
+        for shard, tensors in stored.items():
+            if shard.layout is None:
+                hashes[shard.name] = 0
+                for tensor in tensors:
+                    hashes[shard.name] = fingerprint(tensor, str(hashes[shard.name]))
+        return hashes
 
     def update(self, elapsed: Elapsed) -> None:
         """Move all averages towards the model, in one pass over its shards. Local."""

@@ -56,6 +56,13 @@ class AverageState:
         """Return the averaged shards: the only slot in use, or the mean of several, which is a copy."""
         return mean(self.slots[: self.num_averaged])
 
+    def tensors(self) -> list[Tensor]:
+        """Return this rank's averaged parameters, and its averaged buffers."""
+        return [*self.averages(), *(self.buffers[name] for name in self._buffer_slots[0])]
+
+    def averaged_buffers(self) -> list[LocalShard]:
+        return [shard for shard in self._shared_buffers() if shard.name in self._buffer_slots[0]]
+
     def advance(self, weight: float) -> None:
         """Count a model that the slots were moved to, and copy or average its buffers."""
         shared = self._shared_buffers()

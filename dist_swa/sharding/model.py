@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_swa.sharding.find import (
     storage_fingerprint,
 )
 from dist_swa.sharding.fqn import NamePattern, clean_name, select
+from dist_swa.sharding.replicas import ReplicaShard
 from dist_swa.sharding.shard import LocalShard, copy_unless_expanded
 from dist_swa.sharding.wrappers import (
     find_fsdp_modules,
@@ -135,11 +136,9 @@ class ModelShards:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
 
-    def is_finite(self) -> bool:
-        """Whether no rank's averaged shard has NaN or inf. One small all-reduce for each axis of the meshes."""
-        self.reshard()
-        parts = [local for shard in self.averaged if (local := shard.local).numel()]
-        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    def are_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether no rank's `tensors` have NaN or inf. One small all-reduce for each axis of the meshes."""
+        parts = [torch.view_as_real(part) if part.is_complex() else part for part in tensors if part.numel()]
         largest = torch._foreach_norm(parts, torch.inf) if parts else []
         is_finite = [value.isfinite().to(self._device) for value in largest]
         num_bad = int(bool(parts) and not torch.stack(is_finite).all())
@@ -189,7 +188,7 @@ class ModelShards:
 
     def _check_replicas(self, mesh: DeviceMesh) -> None:
         """Raise ValueError on all replicas unless they have the same parameters. A collective of them."""
-        shards = [*self.averaged, *self.others]
+        shards = [shard for shard in [*self.averaged, *self.others] if isinstance(shard, ReplicaShard)]
         averaged = {shard.name for shard in self.averaged}
         fingerprints = [
             fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {shard.name in averaged}")
