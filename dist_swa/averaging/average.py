@@ -23,8 +23,9 @@ class ShardedAverage:
     """Averages the weights of `model`. Each rank keeps and updates the average of its own shard, without communication.
 
     Build it on every rank, after the model was wrapped (fully_shard, parallelize_module, DDP, or none of them), before
-    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. Under DDP,
-    and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
+    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. One that is
+    unfrozen after the first update joins, as if it had always had its value of then; one that is frozen stays. Under
+    DDP, and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
     1/world of the average. A plain module without a group is averaged on its own.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,8 +82,15 @@ class Averages:
         weights = [state.rule.weight(state.num_averaged + 1, elapsed) for state in states]
         if not self._shards.parameters_unchanged():
             self._shards.refresh()
+        joined = self._shards.select_trainable(may_leave=self.num_averaged == 0)
         if self._planned is not self._shards.averaged:
             self._plan_updates()
+        if joined and self.num_averaged:
+            warnings.warn(
+                f"parameters that were frozen are averaged from now on, as if they had always had their values of now:"
+                f" {', '.join(joined)}",
+                stacklevel=3,
+            )
         slots, first = [], 0
         for state in states:
             slots.append(first + state.num_averaged % state.rule.num_slots)
@@ -122,6 +130,8 @@ class Averages:
     def _plan_updates(self) -> None:
         """Group shards and averages for `lerp`. They are the same tensors until the next `ModelShards.refresh`."""
         self._planned = self._shards.averaged
+        for state in self._states.values():
+            state.match_shards()
         slots = [slot for state in self._states.values() for slot in state.slots]
         self._groups = plan(slots, [shard.local for shard in self._planned])
 

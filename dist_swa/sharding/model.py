@@ -92,16 +92,25 @@ class ModelShards:
                     "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
                 )
-        for shard in self.others:
-            if self._is_to_be_averaged(now[shard.name]):
-                raise ValueError(
-                    "ShardedAverage needs frozen parameters to stay frozen, got requires_grad=True now for"
-                    f" parameter={shard.name!r}; build the average once all trained parameters require gradients"
-                )
         self.averaged = [now[shard.name] for shard in self.averaged]
         self.others = [now[shard.name] for shard in self.others]
         self.buffers = find_buffers(self.module)
         self._fingerprint = self._storage_fingerprint()
+
+    def select_trainable(self, *, may_leave: bool) -> list[str]:
+        """Average the parameters that are trainable now, and return the names of those that joined. Local.
+
+        `may_leave`: those that were frozen are no longer averaged. Otherwise they stay.
+        """
+        joined = {shard.name for shard in self.others if self._is_to_be_averaged(shard)}
+        left = {shard.name for shard in self.averaged if may_leave and not self._is_to_be_averaged(shard)}
+        if joined or left:
+            shards = [*self.averaged, *self.others]
+            averaged = {shard.name for shard in self.averaged} - left | joined
+            self.averaged = [shard for shard in shards if shard.name in averaged]
+            self.others = [shard for shard in shards if shard.name not in averaged]
+            self._require_averaged()
+        return sorted(joined)
 
     def parameters_unchanged(self) -> bool:
         """Reshard, and return whether modules, parameters and storage are those of the last `refresh`. Cheap."""
@@ -167,6 +176,12 @@ class ModelShards:
         self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
         self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
         self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
+        self._require_averaged()
+        self.buffers = find_buffers(self.module)
+        self._fingerprint = self._storage_fingerprint()
+
+    def _require_averaged(self) -> None:
+        shards = [*self.averaged, *self.others]
         if not self.averaged:
             num_trainable = sum(shard.is_trainable for shard in shards)
             raise ValueError(
@@ -174,8 +189,6 @@ class ModelShards:
                 f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
                 " model.named_parameters()"
             )
-        self.buffers = find_buffers(self.module)
-        self._fingerprint = self._storage_fingerprint()
 
     def _find_parameters(self) -> list[LocalShard]:
         return find_parameters(self.module, self._replica_mesh, self._flat_meshes)

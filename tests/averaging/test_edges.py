@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint
@@ -206,3 +206,72 @@ def test_data_parallel_has_the_names_of_its_module() -> None:
     average.update()
     full = average.full_state_dict()
     assert same_bits(full, dict(inner.state_dict()))
+
+
+WRAPPED = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+
+
+def step_to(model: nn.Module, swa: SWA, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(value)
+    swa.step()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@on_ranks(2)
+def test_until_the_first_update_what_is_averaged_follows_requires_grad(wrapper: str) -> None:
+    model = build()
+    model.up.requires_grad_(False)
+    wrapped = wrap(model, wrapper)
+    swa = SWA(wrapped, swa_start="2ba")
+    step_to(wrapped, swa, 1.0)
+    names = {name: p for name, p in wrapped.named_parameters() if "up." in name or "down.bias" in name}
+    for name, parameter in names.items():
+        parameter.requires_grad_("up." in name)
+    for value in (2.0, 4.0):
+        step_to(wrapped, swa, value)
+    full = swa.average.full_state_dict()
+    if full:
+        assert full["up.weight"].eq(3).all()
+        assert full["down.weight"].eq(3).all()
+        assert full["down.bias"].eq(4).all()  # frozen before the first update: the model's value
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@on_ranks(2)
+def test_a_parameter_that_is_unfrozen_joins_as_if_it_had_always_had_its_value(wrapper: str, tmp_path: Path) -> None:
+    model = build()
+    model.up.requires_grad_(False)
+    wrapped = wrap(model, wrapper)
+    swa = SWA(wrapped, swa_start="1ba")
+    for value in (1.0, 2.0):
+        step_to(wrapped, swa, value)
+    for name, parameter in wrapped.named_parameters():
+        if "up." in name:
+            parameter.requires_grad_(True)
+    swa.state_dict()  # what was averaged can be saved before the next update
+    with pytest.warns(UserWarning, match=r"averaged from now on, as if they .*: up.bias, up.weight"):
+        step_to(wrapped, swa, 3.0)
+    step_to(wrapped, swa, 5.0)
+    full = swa.average.full_state_dict()
+    if full:
+        assert full["down.weight"].eq((1 + 2 + 3 + 5) / 4).all()
+        assert full["up.weight"].eq((3 + 3 + 3 + 5) / 4).all()
+    checkpoint.save({"swa": swa}, tmp_path / "saved")
+    again = SWA(wrap(build(), wrapper), swa_start="1ba")
+    checkpoint.load({"swa": again}, tmp_path / "saved")
+    assert same_bits(full, again.average.full_state_dict(), [name for name in full if "up." in name or "down." in name])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@on_ranks(2)
+def test_a_parameter_that_is_frozen_later_stays_in_the_average(wrapper: str) -> None:
+    model = wrap(build(), wrapper)
+    swa = SWA(model, swa_start="1ba")
+    step_to(model, swa, 1.0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "up." not in name)
+    step_to(model, swa, 3.0)
+    full = swa.average.full_state_dict()
+    assert not full or full["up.weight"].eq(2).all()
