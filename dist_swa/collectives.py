@@ -6,11 +6,13 @@ import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE_NUMEL = 1 << 20  # elements per partial sum, which bounds the memory of a fingerprint
 
@@ -29,6 +31,15 @@ def all_reduce_max(values: Sequence[int], group: dist.ProcessGroup | None, devic
     return [int(value) for value in tensor.tolist()]
 
 
+def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the `value` of each rank of `group`, which travels pickled. A collective; without any, ``[value]``."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
 @contextmanager
 def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise an error of the body on every rank of `group`. A collective.
@@ -40,10 +51,7 @@ def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    errors = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, _portable(error), group)
+    errors = all_gather(_portable(error), group)
     if error is not None:
         raise error
     for rank, other in enumerate(errors):

@@ -165,6 +165,7 @@ class SWA:
         (with ``buffers="average"`` it then keeps the averaged statistics), and what `recalibrate_batch_norm` raises.
         Nothing has changed after an error.
         """
+        self.average.check_replicas()
         if self.num_averaged == 0:
             warnings.warn(
                 f"no model was averaged in {self.schedule.now.batches} steps: {self.schedule.why_no_update()}; the"
@@ -178,6 +179,8 @@ class SWA:
                 " end_epoch after each epoch",
                 stacklevel=2,
             )
+        if not self._is_average_finite():
+            return
         with self.swapped_in():  # the statistics become the average's, and nothing has changed if this fails
             if batches is not None or not self.average.averages_buffers:
                 self._frozen.recalibrate(batches, **options)
@@ -214,6 +217,10 @@ class SWA:
         if self.schedule.reopen_if_not_over() and not self.schedule.started:
             self.reset(**asdict(self.schedule.now))
 
+    def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """See `ShardedAverage.check_ranks`."""
+        self.average.check_ranks(process_group)
+
     def check_saved(self, saved: Mapping[str, Any]) -> None:
         """See `ShardedAverage.check_saved`; the schedule of any run fits."""
         self.average.check_saved(saved)
@@ -234,9 +241,20 @@ class SWA:
             raise
         if self.started and (decision.complete or not self.completed):
             self._write_lrs()
-        if decision.complete:
+        if decision.complete and self._is_average_finite():
             self.average.transfer(self._transferred)
         return decision.update
+
+    def _is_average_finite(self) -> bool:
+        """Whether the average may replace the trained weights. If it has NaN or inf, warn once on every rank."""
+        is_finite = self.average.is_finite(self._transferred)
+        if not is_finite:
+            warnings.warn(
+                f"the average of {self.num_averaged} models has NaN or inf; the model keeps its trained weights. Pass"
+                " skip_nonfinite=True to leave such models out",
+                stacklevel=4,
+            )
+        return is_finite
 
     def _write_lrs(self) -> None:
         """Set the rates of the learning-rate phase, after what a scheduler has written."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
+from dist_swa.collectives import all_gather
 from dist_swa.sharding.fqn import NamePattern
 from dist_swa.sharding.model import ModelShards
 from dist_swa.sharding.shard import LocalShard, checkpoint_view
@@ -22,8 +23,9 @@ class ShardedAverage:
     """Averages the weights of `model`. Each rank keeps and updates the average of its own shard, without communication.
 
     Build it on every rank, after the model was wrapped (fully_shard, parallelize_module, DDP, or none of them), before
-    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. Under DDP,
-    and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
+    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. One that is
+    unfrozen after the first update joins, as if it had always had its value of then; one that is frozen stays. Under
+    DDP, and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
     1/world of the average. A plain module without a group is averaged on its own.
 
     Args:
@@ -114,11 +116,7 @@ class ShardedAverage:
         Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the model
         has other parameters than the average.
         """
-        state = self._averages.get("swapped_in", name)
-        self.require_trained_weights("swapped_in")
-        self._require_average("swapped_in")
-        with self._shards.raise_on_replicas():
-            self._shards.refresh()
+        state = self._checked_state("swapped_in", name)
         with self._preserve_random_state(), self._shards.preserve_state():
             try:
                 self._swapped_in = state
@@ -136,19 +134,36 @@ class ShardedAverage:
         Raises RuntimeError before the first update and inside `swapped_in`, and ValueError where the model has other
         parameters than the average.
         """
-        state = self._averages.get("transfer", name)
-        self.require_trained_weights("transfer")
-        self._require_average("transfer")
-        with self._shards.raise_on_replicas():
-            self._shards.refresh()
-        self._write(state)
+        self._write(self._checked_state("transfer", name))
 
     def is_model_finite(self) -> bool:
-        """Whether no rank's shard of the averaged parameters has NaN or inf. Returns the same on every rank.
+        """Whether no rank's part of what is averaged has NaN or inf in the model. Returns the same on every rank.
 
         For a sharded or replicated model a collective: one all-reduce of an integer for each axis of its meshes.
         """
-        return self._shards.is_finite()
+        self._shards.reshard()
+        return self._shards.are_finite([shard.local for shard in self._averages.averaged_shards()])
+
+    def is_finite(self, name: str | None = None) -> bool:
+        """Whether no rank's part of the average has NaN or inf. A collective as `is_model_finite` is."""
+        return self._shards.are_finite(self._averages.get("is_finite", name).tensors())
+
+    def check_ranks(self, process_group: dist.ProcessGroup | None = None, *, with_others: bool = False) -> None:
+        """Raise on every rank unless the ranks of `process_group` (default: all) averaged one model. A collective.
+
+        RuntimeError where they averaged other numbers of models. ValueError where a plain parameter of one name has
+        other values on other ranks, or is missing on some: a checkpoint and an export would have those of one rank
+        only. `with_others`: also parameters that are not averaged.
+        """
+        facts = all_gather((self.num_averaged, self._averages.plain_fingerprints(with_others)), process_group)
+        _check_counts([count for count, _ in facts])
+        plain = [fingerprints for _, fingerprints in facts]
+        for name in dict.fromkeys(name for fingerprints in plain for name in fingerprints):
+            if len({fingerprints.get(name) for fingerprints in plain}) > 1:
+                raise ValueError(
+                    "a checkpoint or export needs plain parameters to have the same values on every rank, got other"
+                    f" ones of parameter={name!r}; make it a DTensor, or save an entry for each rank that differs"
+                )
 
     @torch.no_grad()
     def full_state_dict(self, name: str | None = None) -> dict[str, Any]:
@@ -216,6 +231,21 @@ class ShardedAverage:
                 f"{action} needs the model to have its trained weights, got a call inside swapped_in; leave it first"
             )
 
+    def check_replicas(self) -> None:
+        """Raise RuntimeError on all replicas where one has averaged another number of models. A collective of them."""
+        if self._shards.group is not None:
+            _check_counts(all_gather(self.num_averaged, self._shards.group))
+
+    def _checked_state(self, action: str, name: str | None) -> AverageState:
+        """Return an average that may be put into the model, or raise on all replicas. A collective of them."""
+        with self._shards.raise_on_replicas():
+            state = self._averages.get(action, name)
+            self.require_trained_weights(action)
+            self._require_average(action)
+            self._shards.refresh()
+        self.check_replicas()
+        return state
+
     def _require_average(self, action: str) -> None:
         if self.num_averaged == 0:
             raise RuntimeError(f"{action} needs an average, got num_averaged=0; call update first")
@@ -244,6 +274,14 @@ class ShardedAverage:
     def _preserve_random_state(self) -> AbstractContextManager[None]:
         device = self._shards.averaged[0].local_tensor.device
         return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
+def _check_counts(counts: Sequence[int]) -> None:
+    if min(counts) != max(counts):
+        raise RuntimeError(
+            f"averaging needs every rank to have averaged the same number of models, got num_averaged={min(counts)} to"
+            f" {max(counts)}; call update on every rank, also where it has no batch, or reset the average"
+        )
 
 
 def _check_storage(dtype: Any, device: Any, buffers: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from dist_swa.averaging.lerp import lerp, plan
 from dist_swa.averaging.rules import Elapsed, Rule
 from dist_swa.averaging.state import AverageState, check_keys
+from dist_swa.collectives import fingerprint
 from dist_swa.sharding.model import ModelShards
+from dist_swa.sharding.shard import LocalShard
 
 _UNNAMED = ""  # the key of a single average, which has no name
 
@@ -49,6 +52,24 @@ class Averages:
         """Return the average `name`, or the only one; ValueError where `action` needs another name."""
         return self._states[checked_name(action, name, self._states)]
 
+    def averaged_shards(self) -> list[LocalShard]:
+        """Return the shards of what is averaged: parameters, and buffers where they are averaged."""
+        (state, *_) = self._states.values()
+        return [*self._shards.averaged, *state.averaged_buffers()]
+
+    def plain_fingerprints(self, with_others: bool) -> dict[str, int]:
+        """Return a hash of each plain parameter's averages and, `with_others`, of those that are not averaged."""
+        slots = [slot for state in self._states.values() for slot in state.slots]
+        stored = {shard: [slot[i] for slot in slots] for i, shard in enumerate(self._shards.averaged)}
+        stored |= {shard: [shard.local_tensor] for shard in self._shards.others if with_others}
+        hashes = {}
+        for shard, tensors in stored.items():
+            if shard.layout is None:
+                hashes[shard.name] = 0
+                for tensor in tensors:
+                    hashes[shard.name] = fingerprint(tensor, str(hashes[shard.name]))
+        return hashes
+
     def update(self, elapsed: Elapsed) -> None:
         """Move all averages towards the model, in one pass over its shards. Local."""
         states = self._states.values()
@@ -61,8 +82,15 @@ class Averages:
         weights = [state.rule.weight(state.num_averaged + 1, elapsed) for state in states]
         if not self._shards.parameters_unchanged():
             self._shards.refresh()
+        joined = self._shards.select_trainable(may_leave=self.num_averaged == 0)
         if self._planned is not self._shards.averaged:
             self._plan_updates()
+        if joined and self.num_averaged:
+            warnings.warn(
+                f"parameters that were frozen are averaged from now on, as if they had always had their values of now:"
+                f" {', '.join(joined)}",
+                stacklevel=3,
+            )
         slots, first = [], 0
         for state in states:
             slots.append(first + state.num_averaged % state.rule.num_slots)
@@ -102,6 +130,8 @@ class Averages:
     def _plan_updates(self) -> None:
         """Group shards and averages for `lerp`. They are the same tensors until the next `ModelShards.refresh`."""
         self._planned = self._shards.averaged
+        for state in self._states.values():
+            state.match_shards()
         slots = [slot for state in self._states.values() for slot in state.slots]
         self._groups = plan(slots, [shard.local for shard in self._planned])
 

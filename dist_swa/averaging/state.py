@@ -42,8 +42,9 @@ class AverageState:
         self._averages_buffers = averages_buffers
         self.buffers: dict[str, Tensor] = {}
         self._buffer_slots: list[dict[str, Tensor]] = [{} for _ in range(rule.num_slots)]
-        with torch.inference_mode(False):
-            self.slots = [[self._zeros_like(shard.local) for shard in shards.averaged] for _ in self._buffer_slots]
+        self.slots: list[list[Tensor]] = [[] for _ in range(rule.num_slots)]
+        self._names: list[str] = []  # of the tensors in each slot
+        self.match_shards()
         self._renew_buffers()
 
     @property
@@ -52,9 +53,28 @@ class AverageState:
         slots = [*self.slots, *(slot.values() for slot in self._buffer_slots), self.buffers.values()]
         return sum(tensor.nbytes for slot in slots for tensor in slot)
 
+    def match_shards(self) -> None:
+        """Keep tensors for the shards that are averaged now. One that joins starts from the model's value."""
+        shards = self._shards.averaged
+        with torch.inference_mode(False), torch.no_grad():
+            for i, slot in enumerate(self.slots):
+                stored = dict(zip(self._names, slot, strict=True))
+                self.slots[i] = [
+                    stored[shard.name] if shard.name in stored else self._zeros_like(shard.local).copy_(shard.local)
+                    for shard in shards
+                ]
+        self._names = [shard.name for shard in shards]
+
     def averages(self) -> list[Tensor]:
         """Return the averaged shards: the only slot in use, or the mean of several, which is a copy."""
         return mean(self.slots[: self.num_averaged])
+
+    def tensors(self) -> list[Tensor]:
+        """Return this rank's averaged parameters, and its averaged buffers."""
+        return [*self.averages(), *(self.buffers[name] for name in self._buffer_slots[0])]
+
+    def averaged_buffers(self) -> list[LocalShard]:
+        return [shard for shard in self._shared_buffers() if shard.name in self._buffer_slots[0]]
 
     def advance(self, weight: float) -> None:
         """Count a model that the slots were moved to, and copy or average its buffers."""

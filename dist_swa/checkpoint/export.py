@@ -94,6 +94,7 @@ def _export_live(
     integers.
     """
     group = average.process_group
+    average.check_ranks(group, with_others=True)
     with raise_on_all(group):
         state = average.sharded_state_dict(key)
     with raise_on_all(group):

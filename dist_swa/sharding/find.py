@@ -60,13 +60,14 @@ def is_sharded(module: nn.Module, fsdp_modules: Iterable[nn.Module]) -> bool:
 
 
 def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> tuple[list[Any], ...]:
-    """Return what changes where a module, a parameter, its storage or the names of buffers change. Cheap."""
+    """Return what changes where a module, a parameter, its storage, or any name of a tensor changes. Cheap."""
     # `_local_tensor`: `to_local` makes a view of each parameter, and every update calls this.
-    tensors = [tensor for shard in parameters if (tensor := shard.owner.get(shard.key)) is not None]
-    storages = [(id(t), getattr(t, "_local_tensor", t).data_ptr(), t.requires_grad) for t in tensors]
+    tensors = [(tensor, shard) for shard in parameters if (tensor := shard.owner.get(shard.key)) is not None]
+    storages = [(id(t), getattr(t, "_local_tensor", t).data_ptr(), shard.is_trainable) for t, shard in tensors]
     parts = list(module.modules())
-    buffers = [key for part in parts for key, buffer in part._buffers.items() if buffer is not None]
-    return storages, buffers, [id(part) for part in parts]
+    owners = [owner for part in parts for owner in (part._parameters, part._buffers)]
+    keys = [key for owner in owners for key, tensor in owner.items() if tensor is not None]
+    return storages, keys, [id(part) for part in parts]
 
 
 class _Found(NamedTuple):

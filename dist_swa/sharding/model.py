@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_swa.sharding.find import (
     storage_fingerprint,
 )
 from dist_swa.sharding.fqn import NamePattern, clean_name, select
+from dist_swa.sharding.replicas import ReplicaShard
 from dist_swa.sharding.shard import LocalShard, copy_unless_expanded
 from dist_swa.sharding.wrappers import (
     find_fsdp_modules,
@@ -91,16 +92,25 @@ class ModelShards:
                     "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
                 )
-        for shard in self.others:
-            if self._is_to_be_averaged(now[shard.name]):
-                raise ValueError(
-                    "ShardedAverage needs frozen parameters to stay frozen, got requires_grad=True now for"
-                    f" parameter={shard.name!r}; build the average once all trained parameters require gradients"
-                )
         self.averaged = [now[shard.name] for shard in self.averaged]
         self.others = [now[shard.name] for shard in self.others]
         self.buffers = find_buffers(self.module)
         self._fingerprint = self._storage_fingerprint()
+
+    def select_trainable(self, *, may_leave: bool) -> list[str]:
+        """Average the parameters that are trainable now, and return the names of those that joined. Local.
+
+        `may_leave`: those that were frozen are no longer averaged. Otherwise they stay.
+        """
+        joined = {shard.name for shard in self.others if self._is_to_be_averaged(shard)}
+        left = {shard.name for shard in self.averaged if may_leave and not self._is_to_be_averaged(shard)}
+        if joined or left:
+            shards = [*self.averaged, *self.others]
+            averaged = {shard.name for shard in self.averaged} - left | joined
+            self.averaged = [shard for shard in shards if shard.name in averaged]
+            self.others = [shard for shard in shards if shard.name not in averaged]
+            self._require_averaged()
+        return sorted(joined)
 
     def parameters_unchanged(self) -> bool:
         """Reshard, and return whether modules, parameters and storage are those of the last `refresh`. Cheap."""
@@ -135,11 +145,9 @@ class ModelShards:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
 
-    def is_finite(self) -> bool:
-        """Whether no rank's averaged shard has NaN or inf. One small all-reduce for each axis of the meshes."""
-        self.reshard()
-        parts = [local for shard in self.averaged if (local := shard.local).numel()]
-        parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    def are_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether no rank's `tensors` have NaN or inf. One small all-reduce for each axis of the meshes."""
+        parts = [torch.view_as_real(part) if part.is_complex() else part for part in tensors if part.numel()]
         largest = torch._foreach_norm(parts, torch.inf) if parts else []
         is_finite = [value.isfinite().to(self._device) for value in largest]
         num_bad = int(bool(parts) and not torch.stack(is_finite).all())
@@ -168,6 +176,12 @@ class ModelShards:
         self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
         self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
         self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
+        self._require_averaged()
+        self.buffers = find_buffers(self.module)
+        self._fingerprint = self._storage_fingerprint()
+
+    def _require_averaged(self) -> None:
+        shards = [*self.averaged, *self.others]
         if not self.averaged:
             num_trainable = sum(shard.is_trainable for shard in shards)
             raise ValueError(
@@ -175,8 +189,6 @@ class ModelShards:
                 f" among num_parameters={len(shards)}, {num_trainable=}; set requires_grad first, or see the names in"
                 " model.named_parameters()"
             )
-        self.buffers = find_buffers(self.module)
-        self._fingerprint = self._storage_fingerprint()
 
     def _find_parameters(self) -> list[LocalShard]:
         return find_parameters(self.module, self._replica_mesh, self._flat_meshes)
@@ -189,7 +201,7 @@ class ModelShards:
 
     def _check_replicas(self, mesh: DeviceMesh) -> None:
         """Raise ValueError on all replicas unless they have the same parameters. A collective of them."""
-        shards = [*self.averaged, *self.others]
+        shards = [shard for shard in [*self.averaged, *self.others] if isinstance(shard, ReplicaShard)]
         averaged = {shard.name for shard in self.averaged}
         fingerprints = [
             fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {shard.name in averaged}")

@@ -27,7 +27,7 @@ _passes = ModuleTracker()
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """Return the module inside torch.compile and DDP, and the DDP wrapper if there is one."""
+    """Return the module inside torch.compile, DDP and DataParallel, and the DDP wrapper if there is one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model needs to be a torch.nn.Module, got model={type(model).__name__}; pass the module")
     ddp: DistributedDataParallel | None = None
@@ -35,6 +35,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
         if isinstance(model, DistributedDataParallel):
             ddp = model
             model = ddp.module
+        elif isinstance(model, nn.DataParallel):
+            model = model.module
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's only name for it
             model = compiled
         else:

@@ -22,7 +22,10 @@ from dist_swa.storage.writer import CheckpointWriter, SavePlannerWithoutPickle
 
 @runtime_checkable
 class Checked(Protocol):
-    """A ``Stateful`` that checks a checkpoint before `load` changes anything, and can be reset."""
+    """A ``Stateful`` that is checked before a save or a load changes anything, and can be reset."""
+
+    def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Raise on every rank if the states of the ranks do not belong to one checkpoint. A collective."""
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
         """Raise if `load_state_dict` could not load `saved`. Local.
@@ -155,6 +158,9 @@ def _plan_save(
 ) -> SavePlannerWithoutPickle:
     with raise_on_all(group):
         _check_is_dict(state)
+    for _, value in sorted(state.items()):
+        if isinstance(value, Checked):
+            value.check_ranks(group)
     states = _state_dicts(state, group)
     with raise_on_all(group):
         return SavePlannerWithoutPickle(states, copy_to_cpu)
