@@ -51,7 +51,7 @@ def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    errors = all_gather(_portable(error), group)
+    errors = all_gather(None if error is None else _portable(error), group)
     if error is not None:
         raise error
     for rank, other in enumerate(errors):
@@ -60,7 +60,7 @@ def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             raise other
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def _portable(error: Exception) -> Exception:
     """Return `error`, or a RuntimeError with its text if it does not pickle."""
     try:
         pickle.loads(pickle.dumps(error))

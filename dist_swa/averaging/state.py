@@ -60,8 +60,7 @@ class AverageState:
             for i, slot in enumerate(self.slots):
                 stored = dict(zip(self._names, slot, strict=True))
                 self.slots[i] = [
-                    stored[shard.name] if shard.name in stored else self._zeros_like(shard.local).copy_(shard.local)
-                    for shard in shards
+                    stored[shard.name] if shard.name in stored else self._new_slot(shard.local) for shard in shards
                 ]
         self._names = [shard.name for shard in shards]
 
@@ -171,6 +170,10 @@ class AverageState:
     def _views(self, tensors: Iterable[tuple[LocalShard, Tensor]]) -> dict[str, Tensor]:
         is_first = self._shards.is_first_rank
         return {shard.name: checkpoint_view(shard, local, is_first) for shard, local in tensors}
+
+    def _new_slot(self, local: Tensor) -> Tensor:
+        slot = self._zeros_like(local)
+        return slot.copy_(local) if self.num_averaged else slot
 
     def _zeros_like(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype

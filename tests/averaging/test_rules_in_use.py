@@ -39,7 +39,7 @@ def test_half_life_needs_what_it_counts(unit: str) -> None:
 
 
 def test_half_life_in_epochs_needs_their_ends() -> None:
-    with pytest.warns(UserWarning, match="read epochs, and no epoch ended in 3 steps"):
+    with pytest.warns(UserWarning, match="read epochs, and no epoch has ended"):
         _run_of_three_steps(EMA(half_life="2ep"))
 
 

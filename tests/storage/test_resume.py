@@ -49,7 +49,8 @@ def save_all(folder: Path) -> list[dict[str, Tensor]]:
 
 def has_same_shards(left: ShardedAverage, right: ShardedAverage) -> bool:
     mine, theirs = left.state_dict(), right.state_dict()
-    pairs = [(mine[kind][name], value) for kind in ("slots", "buffers") for name, value in theirs[kind].items()]
+    pairs = [(mine["slots"]["0"][name], value) for name, value in theirs["slots"]["0"].items()]
+    pairs += [(mine["buffers"][name], value) for name, value in theirs["buffers"].items()]
     return left.num_averaged == right.num_averaged > 0 and all(torch.equal(local(a), local(b)) for a, b in pairs)
 
 
@@ -236,7 +237,10 @@ def rename(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state["format_version"].fill_(2), r"needs format_version <= 1, got version=2; update dist_swa"),
+        (
+            lambda state: state["format_version"].fill_(2),
+            r"needs format_version <= 1, got format_version=2; update dist_swa",
+        ),
         (replace("norm.weight", torch.zeros(6)), r"needs norm.weight of shape \(5,\), got shape=\(6,\); load the"),
         (rename, r"needs norm.weight of shape \(5,\), got shape=None; load the checkpoint into the model"),
         (replace("more", torch.zeros(1)), r"needs more of shape None, got shape=\(1,\); load the checkpoint into"),

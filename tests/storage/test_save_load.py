@@ -178,7 +178,7 @@ def test_an_entry_that_cannot_be_reset_keeps_everything_from_being_loaded(tmp_pa
     swa.step()
     checkpoint.save({"epoch": torch.tensor(3)}, tmp_path / "epoch only")
     state: dict[str, Any] = {"epoch": torch.tensor(0), "swa": swa}
-    with swa.swapped_in(), pytest.raises(RuntimeError, match="load needs the model to carry its trained weights"):
+    with swa.swapped_in(), pytest.raises(RuntimeError, match="load needs the model to have its trained weights"):
         checkpoint.load(state, tmp_path / "epoch only")
     assert (int(state["epoch"]), swa.num_averaged) == (0, 1)
 
