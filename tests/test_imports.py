@@ -121,9 +121,10 @@ PRIVATE: dict[str, dict[str, int]] = {
     "sharding.find": {
         "_buffers": 3,
         "_flat_param": 1,
-        "_local_tensor": 1,
+        "_local_tensor": 2,
         "_non_persistent_buffers_set": 1,
         "_parameters": 2,
+        "_version": 2,
     },
     "sharding.fqn": {"_checkpoint_wrapped_module": 1, "_fsdp_wrapped_module": 1, "_orig_mod": 1},
     "sharding.fsdp1": {

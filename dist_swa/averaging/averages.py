@@ -95,6 +95,7 @@ class Averages:
         for state in states:
             slots.append(first + state.num_averaged % state.rule.num_slots)
             first += state.rule.num_slots
+        self._shards.note_writes()
         lerp(self._groups, dict(zip(slots, weights, strict=True)))
         for state, weight in zip(states, weights, strict=True):
             state.advance(weight)

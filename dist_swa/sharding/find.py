@@ -70,6 +70,18 @@ def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> 
     return storages, keys, [id(part) for part in parts]
 
 
+def write_marks(shards: Iterable[LocalShard]) -> dict[str, tuple[int, int, int]]:
+    """Return, by name, what changes when a parameter is written: in place, or by assigning `data`. Cheap."""
+    marks = {}
+    for shard in shards:
+        tensor = shard.owner[shard.key]
+        local = getattr(tensor, "_local_tensor", tensor)
+        # Only the version of the tensor that was written rises: of the DTensor or of its local one.
+        versions = (0, 0) if tensor.is_inference() else (tensor._version, local._version)
+        marks[shard.name] = (local.data_ptr(), *versions)
+    return marks
+
+
 class _Found(NamedTuple):
     """A tensor of a module, and where it is. `names`: more than one if it is tied."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from dist_swa.sharding.find import (
     find_parameters,
     is_sharded,
     storage_fingerprint,
+    write_marks,
 )
 from dist_swa.sharding.fqn import NamePattern, clean_name, select
 from dist_swa.sharding.replicas import ReplicaShard
@@ -58,6 +60,8 @@ class ModelShards:
         self._fsdp_modules = find_fsdp_modules(self.module)
         self._flat_meshes: FlatMeshes = {}
         self._replica_mesh: DeviceMesh | None = None
+        self._marks: dict[str, tuple[int, int, int]] = {}  # of the parameters that are not averaged
+        self._written: set[str] = set()
         self.averaged: list[LocalShard] = []
         self.others: list[LocalShard] = []
         with self.raise_on_replicas():
@@ -117,6 +121,16 @@ class ModelShards:
         self.reshard()
         return self._storage_fingerprint() == self._fingerprint
 
+    def note_writes(self) -> None:
+        """Note which parameters that are not averaged were written since the last call, such as a momentum encoder.
+
+        Not under FSDP1 those that it flattened together with averaged ones: a write to one is a write to all.
+        """
+        flattened = {id(shard.owner[shard.key]) for shard in self.averaged} if self.others else set()
+        marks = write_marks(shard for shard in self.others if id(shard.owner[shard.key]) not in flattened)
+        self._written |= {name for name, mark in marks.items() if mark != self._marks.get(name, mark)}
+        self._marks = marks
+
     def write(self, averages: Sequence[Tensor]) -> None:
         """Copy averaged shards into the model's parameters. A collective of the replicas, local otherwise."""
         reshard(self._fsdp_modules, discard_prefetched=True)
@@ -125,9 +139,15 @@ class ModelShards:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Restore averaged parameters, buffers and DDP's broadcast flags on exit. Local. Takes a copy of them."""
+        """Restore averaged parameters, buffers and DDP's broadcast flags on exit. Local. Takes a copy of them.
+
+        Other parameters are restored if the model has written them between updates. One that is written for the first
+        time inside keeps its new value, with a warning.
+        """
+        self.note_writes()
+        written = [shard for shard in self.others if shard.name in self._written]
         with torch.no_grad():
-            values = [(shard, shard.local_tensor.clone()) for shard in [*self.averaged, *self.buffers]]
+            values = [(shard, shard.local_tensor.clone()) for shard in [*self.averaged, *written, *self.buffers]]
         try:
             with preserve_broadcast_flags([self._ddp, *self.module.modules()]), preserve_buffers(self.module):
                 yield
@@ -136,6 +156,14 @@ class ModelShards:
             with torch.no_grad():
                 for shard, value in values:
                     copy_unless_expanded(shard.local_tensor, value)
+            known = set(self._written)
+            self.note_writes()
+            if new := sorted(self._written - known):
+                warnings.warn(
+                    f"parameters that are not averaged were written inside swapped_in, for the first time, and keep"
+                    f" these values: {', '.join(new)}; evaluate after a training step that writes them",
+                    stacklevel=4,
+                )
 
     def extra_state(self) -> dict[str, Any]:
         """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`), by the key of a state dict."""

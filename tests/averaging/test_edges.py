@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint
-from models import build, same_bits, wrap
+from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint, recalibrate_batch_norm
+from models import build, local_tensor, same_bits, train, wrap
 from ranks import on_ranks
 
 Use = Callable[[SWA, Path], object]
@@ -275,3 +275,76 @@ def test_a_parameter_that_is_frozen_later_stays_in_the_average(wrapper: str) -> 
     step_to(model, swa, 3.0)
     full = swa.average.full_state_dict()
     assert not full or full["up.weight"].eq(2).all()
+
+
+class MomentumEncoder(nn.Module):
+    """A trained encoder, and a frozen one that its forward moves towards the trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.key = nn.Linear(4, 4).requires_grad_(False)
+        self.moves, self.assigns = True, False
+
+    def forward(self, given: Tensor) -> Tensor:
+        with torch.no_grad():
+            query = self.query.weight
+            if self.moves and self.assigns:
+                self.key.weight.data = self.key.weight.data * 0.9 + query.data * 0.1
+            elif self.moves:
+                self.key.weight.lerp_(query, 0.1)
+        out: Tensor = self.norm(self.query(given)) * self.key(given)
+        return out
+
+
+def weights_after_training(wrapper: str, assigns: bool, evaluates: bool) -> list[Tensor]:
+    encoder = MomentumEncoder()
+    encoder.assigns = assigns
+    model = wrap(encoder, wrapper)
+    swa = SWA(model, swa_start="1ba")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    torch.manual_seed(1)
+    for step in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(4, 4)).square().mean().backward()
+        optimizer.step()
+        swa.step()
+        if evaluates and step in (2, 4):
+            with swa.swapped_in():
+                recalibrate_batch_norm(model, [torch.ones(4, 4) * i for i in range(3)])
+    return [local_tensor(p).clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("assigns", [False, True])
+@pytest.mark.parametrize("wrapper", ["plain", "ddp"])
+@on_ranks(2)
+def test_an_evaluation_restores_parameters_that_the_model_moves(wrapper: str, assigns: bool) -> None:
+    trained = weights_after_training(wrapper, assigns, evaluates=False)
+    evaluated = weights_after_training(wrapper, assigns, evaluates=True)
+    assert all(torch.equal(*pair) for pair in zip(trained, evaluated, strict=True))
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp1", "fsdp2"])
+@on_ranks(2)
+def test_evaluations_of_a_frozen_backbone_do_not_warn(wrapper: str) -> None:
+    model = build()
+    model.up.requires_grad_(False)
+    wrapped = wrap(model, wrapper)
+    swa = SWA(wrapped, swa_start="1ba")
+    for step in range(3):
+        train(wrapped, torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1), 1, first=step)
+        swa.step()
+        with swa.swapped_in(), torch.no_grad():
+            wrapped.eval()(torch.ones(2, 4))
+
+
+def test_a_frozen_parameter_that_is_written_inside_for_the_first_time_is_named() -> None:
+    model = MomentumEncoder()
+    model.moves = False
+    swa = SWA(model, swa_start="1ba")
+    swa.step()
+    message = r"written inside swapped_in, for the first time, .*: key.weight; evaluate"
+    with pytest.warns(UserWarning, match=message), swa.swapped_in():
+        nn.init.ones_(model.key.weight)
+    assert model.key.weight.eq(1).all()
