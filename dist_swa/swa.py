@@ -17,7 +17,7 @@ from dist_swa.averaging.averages import checked_name, named_rules
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.averaging.state import check_keys
 from dist_swa.batch_norm.frozen import FrozenLayers
-from dist_swa.lr_phase import LRPhase
+from dist_swa.lr_phase import LRPhase, SwaLr
 from dist_swa.schedule import Decision, Progress, Schedule
 from dist_swa.sharding.fqn import NamePattern
 
@@ -42,7 +42,9 @@ class SWA:
             the model in `finalize`. A few steps after an earlier `swa_end` undo most of what averaging gained.
         update_interval: from one update to the next.
         schedule_swa_lr: whether the learning rate is set from `swa_start` on: to `swa_lr`, in `anneal_steps` updates
-            along `anneal_strategy` ("linear" or "cosine"); with ``swa_lr=None`` it stays at the rate of `swa_start`.
+            along `anneal_strategy` ("linear" or "cosine"); with ``swa_lr=None`` it stays at the rate of `swa_start`. A
+            list has a rate for each param group. Each optimizer step of the phase uses these rates, whatever a
+            scheduler has set.
         rule, parameters, dtype, device, buffers, process_group: see `ShardedAverage`, also for the memory.
         transfer: the name of the average that goes into the model, where `rule` has several.
         skip_nonfinite: whether an update is skipped, on all ranks, while any rank's shard has NaN or inf. The update
@@ -64,7 +66,7 @@ class SWA:
         swa_end: str | None = None,
         update_interval: str = "1ba",
         schedule_swa_lr: bool = False,
-        swa_lr: float | None = None,
+        swa_lr: SwaLr = None,
         anneal_strategy: str = "linear",
         anneal_steps: int = 10,
         rule: Rule | Mapping[str, Rule] = Equal(),
@@ -186,12 +188,14 @@ class SWA:
                 self._frozen.recalibrate(batches, **options)
         self.average.transfer(self._transferred)
         self.schedule.completed = True
+        self._lr_phase.end()
 
     def reset(self, *, batches: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
         """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`."""
         self.average.reset()
         self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
-        self._lr_phase.start_lrs, self._frozen.names = [], set()
+        self._lr_phase.reset()
+        self._frozen.names = set()
         self.num_skipped = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,10 +216,14 @@ class SWA:
         self.average.load_state_dict({key: value for key, value in state_dict.items() if key != "schedule"})
         self.schedule.load_state_dict(schedule)
         self.num_skipped = schedule["num_skipped"]
-        self._lr_phase.start_lrs = start_lrs if self.started else []
+        self._lr_phase.reset()
+        if self.started:
+            self._lr_phase.start_lrs = start_lrs
         self._frozen.names = frozen
         if self.schedule.reopen_if_not_over() and not self.schedule.started:
             self.reset(**asdict(self.schedule.now))
+        if self.started and not self.completed:
+            self._lr_phase.resume(self.num_averaged)
 
     def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
         """See `ShardedAverage.check_ranks`."""
@@ -240,7 +248,9 @@ class SWA:
             self.schedule.load_state_dict(position)
             raise
         if self.started and (decision.complete or not self.completed):
-            self._write_lrs()
+            self._lr_phase.advance(self.num_averaged)
+        if decision.complete:
+            self._lr_phase.end()
         if decision.complete and self._is_average_finite():
             self.average.transfer(self._transferred)
         return decision.update
@@ -255,10 +265,6 @@ class SWA:
                 stacklevel=4,
             )
         return is_finite
-
-    def _write_lrs(self) -> None:
-        """Set the rates of the learning-rate phase, after what a scheduler has written."""
-        self._lr_phase.write(self.num_averaged)
 
     def _skip(self, decision: Decision, position: Mapping[str, list[int]]) -> Decision:
         """Undo an update that is due, and keep it due. Completing does not wait for it."""

@@ -1,5 +1,6 @@
 """The rates after every step of the learning-rate phase are those of the phase and not those of a scheduler."""
 
+import gc
 import math
 import re
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from dist_swa import SWA
 from dist_swa.lr_phase import phase_lr
@@ -244,3 +246,75 @@ def test_load_needs_a_checkpoint_with_rates() -> None:
     state = SWA(nn.Linear(3, 2), **TIMES).state_dict()
     with pytest.raises(ValueError, match="load_state_dict needs"):
         Run().swa.load_state_dict(state)
+
+
+class RatesOfSteps:
+    """Records the rates that each step of an optimizer uses."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates: list[list[float]] = []
+        optimizer.register_step_pre_hook(self._record)
+
+    def _record(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("when", ["before swa.step", "after swa.step", "once an epoch"])
+def test_each_step_is_made_at_the_rate_of_the_phase_whenever_a_scheduler_writes(when: str) -> None:
+    run = Run(anneal_steps=1)
+    steps, scheduler = RatesOfSteps(run.optimizer), StepLR(run.optimizer, step_size=1, gamma=0.5)
+    for step in range(END - 1):
+        if when == "before swa.step":
+            run.scheduler = scheduler
+        run.train(1)
+        if when == "after swa.step" or (when == "once an epoch" and step % 4 == 3):
+            scheduler.step()
+    assert steps.rates[START:] == [[SWA_LR, SWA_LR]] * (END - 1 - START)
+
+
+@ignore_single_process
+def test_a_resumed_run_makes_its_first_step_at_the_rate_of_the_phase(tmp_path: Path) -> None:
+    run = Run(anneal_steps=1)
+    run.train(START + 1)
+    run.save(tmp_path / "saved")
+    again = Run(anneal_steps=1)
+    again.resume(tmp_path / "saved", run)
+    for group in again.optimizer.param_groups:
+        group["lr"] = 9.0  # as a scheduler does that was built after the load
+    steps = RatesOfSteps(again.optimizer)
+    again.train(1)
+    assert steps.rates == [[SWA_LR, SWA_LR]]
+
+
+def test_dcp_saves_plain_sgd_in_the_phase_without_moving_the_weights() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    swa = SWA(model, optimizer, swa_start="1ba", schedule_swa_lr=True, swa_lr=0.2)
+    swa.step()
+    before = [parameter.clone() for parameter in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)  # steps an optimizer without state, at lr=0
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_the_phase_of_another_swa_does_not_outlive_it() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    swa = SWA(model, optimizer, swa_start="1ba", schedule_swa_lr=True, swa_lr=0.2, anneal_steps=1)
+    swa.step()
+    del swa
+    gc.collect()
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+def test_swa_lr_may_be_one_number_per_param_group() -> None:
+    run = Run(swa_lr=[0.3, 0.02], anneal_steps=1)
+    steps = RatesOfSteps(run.optimizer)
+    run.train(START + 3)
+    assert steps.rates[START:] == [[0.3, 0.02]] * 3
+
+
+def test_swa_lr_needs_a_rate_for_each_param_group() -> None:
+    with pytest.raises(ValueError, match=r"needs a rate for each of 2 param groups, got swa_lr=\[0.3\]; pass"):
+        Run(swa_lr=[0.3])

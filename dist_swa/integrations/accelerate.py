@@ -60,8 +60,6 @@ class AcceleratedSWA(SWA):
         samples = None if samples is None else self._samples + samples
         tokens = None if tokens is None else self._tokens + tokens
         updated = bool(self._steps) and super().step(samples=samples, tokens=tokens)
-        if not self._steps and self.started and not self.completed:
-            self._write_lrs()  # a scheduler may step without the optimizer
         self._samples, self._tokens = (0, 0) if self._steps else (samples or 0, tokens or 0)
         self._steps.clear()
         return updated

@@ -348,3 +348,14 @@ def test_a_frozen_parameter_that_is_written_inside_for_the_first_time_is_named()
     with pytest.warns(UserWarning, match=message), swa.swapped_in():
         nn.init.ones_(model.key.weight)
     assert model.key.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("use", ["recalibrate_batch_norm", "finalize"])
+@on_ranks(2, timeout_s=20.0)
+def test_batch_norm_on_one_rank_only_raises_on_every_rank(use: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4) if dist.get_rank() == 1 else nn.Identity())
+    swa = SWA(model, swa_start="1ba")
+    swa.step()
+    batches = [torch.ones(2, 4)]
+    with pytest.raises(ValueError, match=r"needs the same layers on every rank, got layers=.*; pass the same skip"):
+        recalibrate_batch_norm(model, batches) if use == "recalibrate_batch_norm" else swa.finalize(batches)
