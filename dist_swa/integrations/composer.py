@@ -34,8 +34,8 @@ class SWA(Algorithm):  # type: ignore[misc]
     ``fit``; until then the model keeps its trained weights, with a warning. It also keeps them, with a warning, if no
     model was averaged, for example because no epoch has ended.
 
-    With `schedule_swa_lr`, the learning rate is set after Composer has stepped its schedulers. Without it, `swa_lr` is
-    ignored, with a warning.
+    With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of Composer's
+    schedulers. Without it, `swa_lr` is ignored, with a warning.
 
     Args:
         evaluate: the weights that evaluation uses between `swa_start` and `swa_end`: "averaged" (with the BatchNorm

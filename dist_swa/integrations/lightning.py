@@ -54,8 +54,7 @@ class SWACallback(Callback):
     evaluation: the rest of that validation uses the trained weights, with a warning. With ``save_weights_only`` such a
     checkpoint has the averaged weights, because Lightning does not call the callback.
 
-    With `schedule_swa_lr`, the learning rate is set after Lightning has stepped its schedulers. A rate that
-    ReduceLROnPlateau sets after a validation lasts for one step.
+    With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of a scheduler.
 
     Args:
         evaluate: the weights that validation uses from `swa_start` on: "averaged" (with the BatchNorm statistics of
