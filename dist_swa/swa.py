@@ -14,8 +14,8 @@ from torch import nn
 
 from dist_swa.averaging.average import ShardedAverage
 from dist_swa.averaging.averages import checked_name, named_rules
+from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
-from dist_swa.averaging.state import check_keys
 from dist_swa.batch_norm.frozen import FrozenLayers
 from dist_swa.lr_phase import LRPhase, SwaLr
 from dist_swa.schedule import Decision, Progress, Schedule
@@ -27,10 +27,8 @@ class SWA:
 
     Build it on every rank after the model was wrapped. Call `step` once after every optimizer step, on every rank, and
     `finalize` at the end. It is a torch.distributed.checkpoint ``Stateful``: save and load it beside model and
-    optimizer, on any number of ranks.
-
-    Times are strings: "3ep" (epochs), "500ba" (batches, that is optimizer steps), "1e6sp" (samples), "2e9tok" (tokens),
-    and "0.7dur" (a fraction of `max_duration`). Units may be mixed.
+    optimizer, on any number of ranks. Times are strings: "3ep" (epochs), "500ba" (batches, that is optimizer steps),
+    "1e6sp" (samples), "2e9tok" (tokens), and "0.7dur" (a fraction of `max_duration`). Units may be mixed.
 
     Args:
         model: the wrapped module.
@@ -98,6 +96,8 @@ class SWA:
             buffers=buffers,
             process_group=process_group,
         )
+        # What `checkpoint.save` and `checkpoint.load` ask; the schedule of any run fits.
+        self.check_ranks, self.check_saved = self.average.check_ranks, self.average.check_saved
         self.num_skipped = 0
         self._transferred = transfer
         self._skips_nonfinite = skip_nonfinite
@@ -118,11 +118,7 @@ class SWA:
 
     @property
     def completed(self) -> bool:
-        """Whether the average went into the model for good. There are no more updates.
-
-        A run that is resumed from such a checkpoint, with a schedule that ends later, is not completed. Its average
-        starts anew if the checkpoint lies before the new `swa_start`.
-        """
+        """Whether the average went into the model for good. Not so in a resumed run whose schedule ends later."""
         return self.schedule.completed
 
     @property
@@ -133,9 +129,9 @@ class SWA:
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> bool:
         """Count one optimizer step; update, anneal and complete as the schedule says. True if it updated.
 
-        Call it on every rank after every optimizer step, and after any LR scheduler's step. `samples` and `tokens` of
-        this step are sums over all ranks. Local, except for the step that completes under DDP. Raises ValueError where
-        the schedule needs `samples` or `tokens` and they are missing, and RuntimeError inside `swapped_in`.
+        Call it on every rank after every optimizer step. `samples` and `tokens` of this step are sums over all ranks.
+        Local, except for the step that completes. Raises ValueError where the schedule needs `samples` or `tokens` and
+        they are missing, and RuntimeError inside `swapped_in`.
         """
         self.average.require_trained_weights("step")
         return self._advance(lambda: self.schedule.step(samples=samples, tokens=tokens))
@@ -149,10 +145,7 @@ class SWA:
         return self._advance(self.schedule.end_epoch)
 
     def swapped_in(self, name: str | None = None) -> AbstractContextManager[None]:
-        """Put the average into the model inside the ``with``: see `ShardedAverage.swapped_in`.
-
-        `name`: one of several averages; default: the one that `finalize` puts into the model.
-        """
+        """`ShardedAverage.swapped_in`. `name`: one of several averages; default: the one that `finalize` uses."""
         return self.average.swapped_in(self._transferred if name is None else name)
 
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
@@ -176,11 +169,7 @@ class SWA:
             )
             return
         if self.schedule.epochs_unknown:
-            warnings.warn(
-                f"schedule or rule read epochs, and {self.schedule.why_no_update()}; pass steps_per_epoch, or call"
-                " end_epoch after each epoch",
-                stacklevel=2,
-            )
+            warnings.warn(f"schedule or rule read epochs, and {self.schedule.why_no_update()}", stacklevel=2)
         if not self._is_average_finite():
             return
         with self.swapped_in():  # the statistics become the average's, and nothing has changed if this fails
@@ -203,9 +192,9 @@ class SWA:
         return {**self.average.state_dict(), "schedule": self._schedule_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the average and the position in the schedule. Start, end, interval and rates stay as constructed.
+        """Load the average and the position in the schedule: as `ShardedAverage.load_state_dict`, also its errors.
 
-        Local; call it on every rank. Raises as `ShardedAverage.load_state_dict` does. Nothing has changed then.
+        Start, end, interval and rates stay as constructed.
         """
         self.average.require_trained_weights("load_state_dict")
         check_keys(state_dict, ["schedule"])
@@ -224,14 +213,6 @@ class SWA:
             self.reset(**asdict(self.schedule.now))
         if self.started and not self.completed:
             self._lr_phase.resume(self.num_averaged)
-
-    def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
-        """See `ShardedAverage.check_ranks`."""
-        self.average.check_ranks(process_group)
-
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """See `ShardedAverage.check_saved`; the schedule of any run fits."""
-        self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:
         """Call `count`, and do what the schedule decides. After an error nothing is counted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_swa.averaging.averages import Averages, named_rules
+from dist_swa.averaging.checks import check_counts, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
-from dist_swa.collectives import all_gather
 from dist_swa.sharding.fqn import NamePattern
 from dist_swa.sharding.model import ModelShards
 from dist_swa.sharding.shard import LocalShard, checkpoint_view
@@ -60,7 +60,7 @@ class ShardedAverage:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules = named_rules(rule)
-        _check_storage(dtype, device, buffers)
+        check_storage(dtype, device, buffers)
         self.rule = rule
         self.averages_buffers = buffers == "average"
         self._shards = ModelShards(model, process_group, parameters)
@@ -145,7 +145,7 @@ class ShardedAverage:
         return self._shards.are_finite([shard.local for shard in self._averages.averaged_shards()])
 
     def is_finite(self, name: str | None = None) -> bool:
-        """Whether no rank's part of the average has NaN or inf. A collective as `is_model_finite` is."""
+        """As `is_model_finite`, of the average."""
         return self._shards.are_finite(self._averages.get("is_finite", name).tensors())
 
     def check_ranks(self, process_group: dist.ProcessGroup | None = None, *, with_others: bool = False) -> None:
@@ -155,15 +155,7 @@ class ShardedAverage:
         other values on other ranks, or is missing on some: a checkpoint and an export would have those of one rank
         only. `with_others`: also parameters that are not averaged.
         """
-        facts = all_gather((self.num_averaged, self._averages.plain_fingerprints(with_others)), process_group)
-        _check_counts([count for count, _ in facts])
-        plain = [fingerprints for _, fingerprints in facts]
-        for name in dict.fromkeys(name for fingerprints in plain for name in fingerprints):
-            if len({fingerprints.get(name) for fingerprints in plain}) > 1:
-                raise ValueError(
-                    "a checkpoint or export needs plain parameters to have the same values on every rank, got other"
-                    f" ones of parameter={name!r}; make it a DTensor, or save an entry for each rank that differs"
-                )
+        check_ranks(self.num_averaged, self._averages.plain_fingerprints(with_others), process_group)
 
     @torch.no_grad()
     def full_state_dict(self, name: str | None = None) -> dict[str, Any]:
@@ -234,7 +226,7 @@ class ShardedAverage:
     def check_replicas(self) -> None:
         """Raise RuntimeError on all replicas where one has averaged another number of models. A collective of them."""
         if self._shards.group is not None:
-            _check_counts(all_gather(self.num_averaged, self._shards.group))
+            check_counts(self.num_averaged, self._shards.group)
 
     def _checked_state(self, action: str, name: str | None) -> AverageState:
         """Return an average that may be put into the model, or raise on all replicas. A collective of them."""
@@ -274,22 +266,3 @@ class ShardedAverage:
     def _preserve_random_state(self) -> AbstractContextManager[None]:
         device = self._shards.averaged[0].local_tensor.device
         return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-
-
-def _check_counts(counts: Sequence[int]) -> None:
-    if min(counts) != max(counts):
-        raise RuntimeError(
-            f"averaging needs every rank to have averaged the same number of models, got num_averaged={min(counts)} to"
-            f" {max(counts)}; call update on every rank, also where it has no batch, or reset the average"
-        )
-
-
-def _check_storage(dtype: Any, device: Any, buffers: Any) -> None:
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
-    if device is not None and torch.device(device).type == "meta":
-        raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
-    if buffers not in ("copy", "average"):
-        raise ValueError(f"buffers needs to be 'copy' or 'average', got buffers={buffers!r}; 'copy' is the default")

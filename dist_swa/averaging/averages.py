@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.lerp import lerp, plan
 from dist_swa.averaging.rules import Elapsed, Rule
-from dist_swa.averaging.state import AverageState, check_keys
+from dist_swa.averaging.state import AverageState
 from dist_swa.collectives import fingerprint
 from dist_swa.sharding.model import ModelShards
 from dist_swa.sharding.shard import LocalShard

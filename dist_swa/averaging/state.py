@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_swa.averaging.format import FORMAT_VERSION, check_header, check_version, encode, encode_rule, local_tensors
 from dist_swa.averaging.lerp import lerp, mean, plan
 from dist_swa.averaging.rules import Rule
 from dist_swa.sharding.model import ModelShards
 from dist_swa.sharding.shard import LocalShard, checkpoint_view, copy_unless_expanded
-
-FORMAT_VERSION = 1
-_RULE_BYTES = 256  # a fixed size: a rule with other parameters must not change the shapes of a checkpoint
-_KEYS = ("format_version", "num_averaged", "num_parameters", "num_others", "rule", "slots", "buffers", "ties")
 
 
 class AverageState:
@@ -106,14 +102,14 @@ class AverageState:
             "num_averaged": torch.tensor(self.num_averaged),
             "num_parameters": torch.tensor(len(shards.averaged)),
             "num_others": torch.tensor(len(shards.others)),
-            "rule": {type(self.rule).__name__: _encoded(repr(self.rule).ljust(_RULE_BYTES, "\0"))},
+            "rule": {type(self.rule).__name__: encode_rule(self.rule)},
             "slots": {
                 str(i): self._views(zip(self._stored_shards(i), self._stored(i), strict=True))
                 for i in range(len(self.slots))
             },
             "buffers": self._views((shard, self.buffers[shard.name]) for shard in persistent),
             "ties": {
-                shard.name: _encoded(json.dumps(shard.names[1:]))
+                shard.name: encode(json.dumps(shard.names[1:]))
                 for shard in shards.everything
                 if len(shard.names) > 1 and shard.is_persistent
             },
@@ -125,7 +121,7 @@ class AverageState:
         `keys` maps the keys of this average to those of `saved`.
         """
         if "format_version" in keys:
-            _check_version(saved[keys["format_version"]])
+            check_version(saved[keys["format_version"]])
         expected = {f"slots.{i}.{shard.name}" for i in range(len(self.slots)) for shard in self._stored_shards(i)}
         for key in keys:
             if key.startswith("slots.") and key not in expected:
@@ -136,11 +132,11 @@ class AverageState:
 
     def local_tensors_of(self, state: Mapping[str, Any]) -> list[Tensor]:
         """Return this rank's part of each tensor in `state`, for `load`; ValueError where `state` does not fit."""
-        self._check_header(state)
+        check_header(state, self.rule)
         parts: list[Tensor] = []
         for i in range(len(self.slots)):
-            parts += _local_tensors(state["slots"][str(i)], self._stored_shards(i))
-        parts += _local_tensors(state["buffers"], self._persistent_buffers())
+            parts += local_tensors(state["slots"][str(i)], self._stored_shards(i))
+        parts += local_tensors(state["buffers"], self._persistent_buffers())
         num_parameters = int(state["num_parameters"])
         if num_parameters != len(self._shards.averaged):  # DCP does not read what the state dict has no key for
             raise ValueError(
@@ -204,53 +200,3 @@ class AverageState:
 
     def _persistent_buffers(self) -> list[LocalShard]:
         return [shard for shard in self._shards.buffers if shard.is_persistent and shard.name in self.buffers]
-
-    def _check_header(self, state: Mapping[str, Any]) -> None:
-        check_keys(state, _KEYS)
-        _check_version(state["format_version"])
-        name, encoded = next(iter(state["rule"].items()))
-        if name != type(self.rule).__name__:
-            raise ValueError(
-                f"load_state_dict needs a checkpoint of rule={type(self.rule).__name__}, got rule={name}; build the"
-                " average with the rule of the checkpoint"
-            )
-        saved = bytes(encoded.tolist()).rstrip(b"\0").decode()
-        if saved != repr(self.rule) and self.rule.num_slots > 1:
-            raise ValueError(
-                f"load_state_dict needs as many slots as the checkpoint has, got {self.rule!r} for {saved}; build the"
-                " average with the rule of the checkpoint"
-            )
-        if saved != repr(self.rule):
-            warnings.warn(f"the checkpoint was averaged with {saved}; going on with {self.rule!r}", stacklevel=4)
-
-
-def check_keys(state: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise ValueError unless `state` has `keys`."""
-    missing = sorted(set(keys) - set(state))
-    if missing:
-        raise ValueError(f"load_state_dict needs what state_dict returns, got {missing=}; pass all of it")
-
-
-def _check_version(version: Any) -> None:
-    if int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"loading needs format_version <= {FORMAT_VERSION}, got format_version={int(version)}; update dist_swa"
-        )
-
-
-def _encoded(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def _local_tensors(saved: Mapping[str, Tensor], shards: Sequence[LocalShard]) -> list[Tensor]:
-    """Return this rank's part of each tensor in `saved`; ValueError with the first name that `shards` do not match."""
-    mine = {shard.name: shard for shard in shards}
-    for name in [*mine, *saved]:
-        shape = tuple(saved[name].shape) if name in saved else None
-        expected = tuple(mine[name].shape) if name in mine else None
-        if shape != expected:
-            raise ValueError(
-                f"load_state_dict needs {name} of shape {expected}, got shape={shape}; load the checkpoint into the"
-                " model that it was averaged from"
-            )
-    return [shard.local_of(saved[shard.name]) for shard in shards]

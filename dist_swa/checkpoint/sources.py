@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_swa.averaging.state import FORMAT_VERSION
+from dist_swa.averaging.format import FORMAT_VERSION
 from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader, Spec
 from dist_swa.storage.reader import METADATA, CheckpointError, CheckpointReader, open_checkpoint
 

@@ -1,0 +1,45 @@
+"""Checks of an average: of its arguments, and of what its ranks have averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_swa.collectives import all_gather
+
+
+def check_counts(num_averaged: int, group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank of `group` unless all averaged the same number of models. A collective."""
+    counts = all_gather(num_averaged, group)
+    if min(counts) != max(counts):
+        raise RuntimeError(
+            f"averaging needs every rank to have averaged the same number of models, got num_averaged={min(counts)} to"
+            f" {max(counts)}; call update on every rank, also where it has no batch, or reset the average"
+        )
+
+
+def check_ranks(num_averaged: int, fingerprints: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
+    """Do as `check_counts`, and raise ValueError unless all have the same `fingerprints` of plain parameters."""
+    check_counts(num_averaged, group)
+    of_ranks = all_gather(dict(fingerprints), group)
+    for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
+        if len({of_rank.get(name) for of_rank in of_ranks}) > 1:
+            raise ValueError(
+                "a checkpoint or export needs plain parameters to have the same values on every rank, got other ones"
+                f" of parameter={name!r}; make it a DTensor, or save an entry for each rank that differs"
+            )
+
+
+def check_storage(dtype: Any, device: Any, buffers: Any) -> None:
+    """Raise TypeError or ValueError unless an average may be stored so."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
+    if buffers not in ("copy", "average"):
+        raise ValueError(f"buffers needs to be 'copy' or 'average', got buffers={buffers!r}; 'copy' is the default")
