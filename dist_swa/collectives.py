@@ -1,4 +1,4 @@
-"""Small agreements between ranks, made before a rank acts alone: otherwise the others could wait for it forever."""
+"""Collectives that make ranks agree before one of them acts or raises, so that none waits forever."""
 
 from __future__ import annotations
 

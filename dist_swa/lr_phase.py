@@ -55,9 +55,9 @@ def phase_lr(lr: float, swa_lr: float | None, anneal_strategy: str, fraction: fl
 class LRPhase:
     """The learning-rate phase of one optimizer. It knows the rates of `swa_start`, and sets those of the phase.
 
-    The rates are set after each update, for whoever reads them, and again by a hook before each step of the optimizer:
-    so the step is made at the rate of the phase whatever a scheduler has written, at any time. Without `is_scheduled`
-    the object only knows the rates of `swa_start`, for a run that is resumed with a phase.
+    The rates are set after each update, so that logs show them. A step pre-hook of the optimizer sets them again, which
+    overrides a scheduler. Without `is_scheduled` the object only knows the rates of `swa_start`, for a run that is
+    resumed with a phase.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class LRPhase:
         anneal_strategy: str,
         anneal_steps: int,
     ) -> None:
-        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        needed = ("param_groups", "register_step_pre_hook")
+        if optimizer is not None and not all(hasattr(optimizer, name) for name in needed):
             raise TypeError(
                 f"SWA needs a torch optimizer, got optimizer={optimizer!r}; pass the one that steps the model"
             )
@@ -120,16 +121,16 @@ class LRPhase:
             ]
 
     def end(self) -> None:
-        """Leave the rates to others from now on."""
+        """Stop setting the rates."""
         self._rates = []
 
     def reset(self) -> None:
-        """Be before `swa_start` again."""
+        """Return to the state before `swa_start`."""
         self._rates, self.start_lrs = [], []
 
     def pre_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the rates for a step of `optimizer`; not for the lr=0 step that DCP makes to initialise its state."""
-        if optimizer.state or any(group["lr"] for group in optimizer.param_groups):
+        if optimizer.state or any(group["lr"] for group in optimizer.param_groups) or _has_gradient(optimizer):
             self._write()
 
     def _write(self) -> None:
@@ -153,6 +154,12 @@ class LRPhase:
                 " the optimizer as it was"
             )
         return saved_lrs if num_groups else []
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient is not zero. DCP initialises the state with gradients of zero."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return any(bool(gradient.count_nonzero()) for gradient in gradients)
 
 
 def _pre_step_hook(phase: weakref.ref[LRPhase]) -> Callable[..., None]:

@@ -96,8 +96,6 @@ class SWA:
             buffers=buffers,
             process_group=process_group,
         )
-        # What `checkpoint.save` and `checkpoint.load` ask; the schedule of any run fits.
-        self.check_ranks, self.check_saved = self.average.check_ranks, self.average.check_saved
         self.num_skipped = 0
         self._transferred = transfer
         self._skips_nonfinite = skip_nonfinite
@@ -118,7 +116,7 @@ class SWA:
 
     @property
     def completed(self) -> bool:
-        """Whether the average went into the model for good. Not so in a resumed run whose schedule ends later."""
+        """Whether averaging has ended. Not so in a resumed run whose schedule ends later."""
         return self.schedule.completed
 
     @property
@@ -156,7 +154,7 @@ class SWA:
         last update in training mode keep their statistics. Memory: as `swapped_in`.
 
         With nothing averaged it warns, with the reason, and the model keeps its trained weights. It also warns where
-        the schedule reads epochs that nobody counted. Raises ValueError for a model with BatchNorm without `batches`
+        the schedule reads epochs and none was counted. Raises ValueError for a model with BatchNorm without `batches`
         (with ``buffers="average"`` it then keeps the averaged statistics), and what `recalibrate_batch_norm` raises.
         Nothing has changed after an error.
         """
@@ -213,6 +211,14 @@ class SWA:
             self.reset(**asdict(self.schedule.now))
         if self.started and not self.completed:
             self._lr_phase.resume(self.num_averaged)
+
+    def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """See `ShardedAverage.check_ranks`."""
+        self.average.check_ranks(process_group)
+
+    def check_saved(self, saved: Mapping[str, Any]) -> None:
+        """See `ShardedAverage.check_saved`; the schedule of any run fits."""
+        self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:
         """Call `count`, and do what the schedule decides. After an error nothing is counted."""

@@ -318,3 +318,24 @@ def test_swa_lr_may_be_one_number_per_param_group() -> None:
 def test_swa_lr_needs_a_rate_for_each_param_group() -> None:
     with pytest.raises(ValueError, match=r"needs a rate for each of 2 param groups, got swa_lr=\[0.3\]; pass"):
         Run(swa_lr=[0.3])
+
+
+def test_a_step_of_plain_sgd_at_a_rate_of_zero_is_made_at_the_rate_of_the_phase() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    swa = SWA(model, optimizer, swa_start="1ba", schedule_swa_lr=True, swa_lr=0.5, anneal_steps=1)
+    swa.step()
+    optimizer.param_groups[0]["lr"] = 0.0  # the end of a schedule
+    before = model.bias.detach().clone()
+    model.bias.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(model.bias.detach(), before - 0.5)
+
+
+def test_a_phase_needs_an_optimizer_of_torch() -> None:
+    class Wrapper:
+        param_groups: tuple[Any, ...] = ()
+
+    wrapper: Any = Wrapper()
+    with pytest.raises(TypeError, match="SWA needs a torch optimizer, got optimizer="):
+        SWA(nn.Linear(3, 2), wrapper, **TIMES, schedule_swa_lr=True)

@@ -23,10 +23,10 @@ class ShardedAverage:
     """Averages the weights of `model`. Each rank keeps and updates the average of its own shard, without communication.
 
     Build it on every rank, after the model was wrapped (fully_shard, parallelize_module, DDP, or none of them), before
-    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. One that is
-    unfrozen after the first update joins, as if it had always had its value of then; one that is frozen stays. Under
-    DDP, and for a plain module with a `process_group`, construction is a collective of the group, and each rank keeps
-    1/world of the average. A plain module without a group is averaged on its own.
+    or after the optimizer. Parameters that require a gradient are averaged. Others are read from the model. A parameter
+    that is unfrozen after the first update is added, with its value at that update; one that is frozen later remains.
+    Under DDP, and for a plain module with a `process_group`, construction is a collective of the group, and each rank
+    keeps 1/world of the average. A plain module without a group is averaged on its own.
 
     Args:
         model: the wrapped module.
@@ -195,7 +195,7 @@ class ShardedAverage:
         all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the model has the averaged weights.
         """
         self.require_trained_weights("state_dict")
-        self._shards.refresh()
+        self._refresh()
         return self._averages.state_dict()
 
     @torch.no_grad()
@@ -208,12 +208,13 @@ class ShardedAverage:
         `swapped_in`. Nothing has changed after an error.
         """
         self.require_trained_weights("load_state_dict")
-        self._shards.refresh()
+        self._refresh()
         self._averages.load_state_dict(state_dict)
 
     def check_saved(self, saved: Mapping[str, Any]) -> None:
         """Raise what `load_state_dict` would raise for `saved`, whose values are read on access. Local."""
         self.require_trained_weights("load")
+        self._refresh()
         self._averages.check_saved(saved)
 
     def require_trained_weights(self, action: str) -> None:
@@ -224,9 +225,9 @@ class ShardedAverage:
             )
 
     def check_replicas(self) -> None:
-        """Raise RuntimeError on all replicas where one has averaged another number of models. A collective of them."""
+        """Raise on all replicas where one has averaged other models or parameters. A collective of them."""
         if self._shards.group is not None:
-            check_counts(self.num_averaged, self._shards.group)
+            check_counts(self.num_averaged, [shard.name for shard in self._shards.averaged], self._shards.group)
 
     def _checked_state(self, action: str, name: str | None) -> AverageState:
         """Return an average that may be put into the model, or raise on all replicas. A collective of them."""
@@ -237,6 +238,10 @@ class ShardedAverage:
             self._shards.refresh()
         self.check_replicas()
         return state
+
+    def _refresh(self) -> None:
+        self._shards.refresh()
+        self._averages.select_before_first_update()
 
     def _require_average(self, action: str) -> None:
         if self.num_averaged == 0:

@@ -34,6 +34,7 @@ class Averages:
         self._states = {
             name: AverageState(rule, shards, dtype, device, averages_buffers) for name, rule in rules.items()
         }
+        self._planned: list[LocalShard] = []
         self._plan_updates()
 
     @property
@@ -84,12 +85,11 @@ class Averages:
         if not self._shards.parameters_unchanged():
             self._shards.refresh()
         joined = self._shards.select_trainable(may_leave=self.num_averaged == 0)
-        if self._planned is not self._shards.averaged:
-            self._plan_updates()
+        self._plan_updates()
         if joined and self.num_averaged:
             warnings.warn(
-                f"parameters that were frozen are averaged from now on, as if they had always had their values of now:"
-                f" {', '.join(joined)}",
+                "parameters that were frozen are averaged from now on, and their averages start from their current"
+                f" values: {', '.join(joined)}",
                 stacklevel=3,
             )
         slots, first = [], 0
@@ -104,6 +104,12 @@ class Averages:
     def reset(self) -> None:
         for state in self._states.values():
             state.num_averaged = 0
+
+    def select_before_first_update(self) -> None:
+        """Average what is trainable now, if nothing was averaged yet."""
+        if self.num_averaged == 0:
+            self._shards.select_trainable(may_leave=True)
+            self._plan_updates()
 
     def state_dict(self) -> dict[str, Any]:
         states = {name: state.state_dict() for name, state in self._states.items()}
@@ -130,7 +136,9 @@ class Averages:
             state.check_saved({key.removeprefix(prefix): key for key in saved if key.startswith(prefix)}, saved)
 
     def _plan_updates(self) -> None:
-        """Group shards and averages for `lerp`. They are the same tensors until the next `ModelShards.refresh`."""
+        """Group shards and averages for `lerp`, where `ModelShards` has other ones than before."""
+        if self._planned is self._shards.averaged:
+            return
         self._planned = self._shards.averaged
         for state in self._states.values():
             state.match_shards()

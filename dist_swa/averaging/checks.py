@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,29 @@ import torch.distributed as dist
 from dist_swa.collectives import all_gather
 
 
-def check_counts(num_averaged: int, group: dist.ProcessGroup | None) -> None:
-    """Raise RuntimeError on every rank of `group` unless all averaged the same number of models. A collective."""
-    counts = all_gather(num_averaged, group)
+def check_counts(num_averaged: int, names: Sequence[str], group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank of `group` unless all averaged as many models and the same parameters. A collective.
+
+    RuntimeError for other numbers of models, ValueError for other parameters.
+    """
+    facts = all_gather((num_averaged, hashlib.sha256(repr(names).encode()).hexdigest()), group)
+    counts = [count for count, _ in facts]
     if min(counts) != max(counts):
         raise RuntimeError(
             f"averaging needs every rank to have averaged the same number of models, got num_averaged={min(counts)} to"
             f" {max(counts)}; call update on every rank, also where it has no batch, or reset the average"
         )
 
+    if len({digest for _, digest in facts}) > 1:
+        raise ValueError(
+            f"averaging needs every rank to average the same parameters, got num_parameters={len(names)} here and other"
+            " names elsewhere; freeze and unfreeze them on every rank alike"
+        )
+
 
 def check_ranks(num_averaged: int, fingerprints: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
-    """Do as `check_counts`, and raise ValueError unless all have the same `fingerprints` of plain parameters."""
-    check_counts(num_averaged, group)
+    """Raise RuntimeError for other numbers of models, and ValueError for other `fingerprints` of plain parameters."""
+    check_counts(num_averaged, (), group)
     of_ranks = all_gather(dict(fingerprints), group)
     for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
         if len({of_rank.get(name) for of_rank in of_ranks}) > 1:
@@ -34,7 +45,7 @@ def check_ranks(num_averaged: int, fingerprints: Mapping[str, int], group: dist.
 
 
 def check_storage(dtype: Any, device: Any, buffers: Any) -> None:
-    """Raise TypeError or ValueError unless an average may be stored so."""
+    """Raise TypeError or ValueError unless `dtype`, `device` and `buffers` are valid."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

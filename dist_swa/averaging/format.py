@@ -34,7 +34,7 @@ def check_header(state: Mapping[str, Any], rule: Rule) -> None:
             " average with the rule of the checkpoint"
         )
     if saved != repr(rule):
-        warnings.warn(f"the checkpoint was averaged with {saved}; going on with {rule!r}", stacklevel=4)
+        warnings.warn(f"the checkpoint was averaged with {saved}; continuing with {rule!r}", stacklevel=4)
 
 
 def check_keys(state: Mapping[str, Any], keys: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""FrozenLayers: the BatchNorm layers whose statistics training left alone, which `SWA.finalize` leaves alone, too."""
+"""FrozenLayers: BatchNorm layers in evaluation mode during training. `SWA.finalize` keeps their statistics."""
 
 from __future__ import annotations
 

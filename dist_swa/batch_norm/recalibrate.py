@@ -59,8 +59,7 @@ def recalibrate_batch_norm(
     the number of batches counted on all ranks. The buffers are written in place.
 
     A collective: every rank of `process_group` must call it, each with its own `batches`. Their number and sizes may
-    differ between ranks, and a rank may have none. Without any layer with running statistics it makes one all-reduce of
-    integers, which raises on every rank if another rank has such layers.
+    differ between ranks, and a rank may have none. Returns at once if the model has no layer with running statistics.
 
     The layers are BatchNorm, SyncBatchNorm (without communication during the call), their subclasses, and InstanceNorm
     with `track_running_stats` (means of the moments per instance). All other modules run in evaluation mode. Frozen
@@ -98,10 +97,10 @@ def recalibrate_batch_norm(
     """
     module, ddp = unwrap(model)
     layers = batch_norm_layers(module)
+    if not layers:
+        return
     group = ddp.process_group if process_group is None and ddp is not None else process_group
-    statistics = [statistics_of(layer)[0] for layer in layers.values()]
-    device = next(iter([*statistics, *module.parameters(), torch.empty(0)])).device
-    ranks = Ranks(group, device, *collective_groups(module))
+    ranks = Ranks(group, statistics_of(next(iter(layers.values())))[0].device, *collective_groups(module))
     collectors: dict[str, StatisticsCollector] = {}
     error: Exception | None = None
     try:

@@ -180,4 +180,4 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _warn_of_skipped(names: list[str]) -> None:
     if names:
-        warnings.warn(f"safetensors hold tensors only: left out {', '.join(names)}", stacklevel=4)
+        warnings.warn(f"safetensors store tensors only; not written: {', '.join(names)}", stacklevel=4)

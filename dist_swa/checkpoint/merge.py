@@ -123,7 +123,7 @@ def write_combination(sources: Sequence[Source], coefficients: Sequence[float], 
         specs = _common_specs(sources)
         files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
         if skipped := sources[-1].skipped:
-            warnings.warn(f"merging is for tensors only: left out {', '.join(skipped)}", stacklevel=3)
+            warnings.warn(f"a merge stores tensors only; not written: {', '.join(skipped)}", stacklevel=3)
 
     read = partial(_weighted_sum, sources=sources, coefficients=coefficients)
     if files is None:

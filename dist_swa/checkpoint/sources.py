@@ -235,4 +235,4 @@ def _string_list(reader: CheckpointReader, key: str) -> list[str]:
 
 
 def _damaged(reader: CheckpointReader, key: str) -> CheckpointError:
-    return CheckpointError(f"an average needs its state as it was written, got an odd {key} in {reader.folder}")
+    return CheckpointError(f"an average needs its state as it was written, got an invalid {key} in {reader.folder}")

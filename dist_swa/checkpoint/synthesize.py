@@ -46,11 +46,11 @@ def synthesize(
         rule = PowerEMA(sigma_rel)
         found = [source for path in checked_paths(sources) for source in _power_emas(path, key)]
         found.sort(key=lambda pair: pair[1][0])  # by time: tensors that are not floating come from the last source
-        opened, tracks = [source for source, _ in found], [track for _, track in found]
-        num_models = tracks[-1][0]
-        coefficients, error = synthesis(tracks, num_models, rule)
+        opened, known = [source for source, _ in found], [average for _, average in found]
+        num_models = known[-1][0]
+        coefficients, error = synthesis(known, num_models, rule)
         if not error <= _MAX_ERROR:
-            widths = ", ".join(f"{track.sigma_rel:g} after {n}" for n, track in tracks)
+            widths = ", ".join(f"{average.sigma_rel:g} after {n}" for n, average in known)
             raise ValueError(
                 f"synthesize needs averages from which sigma_rel can be made within {_MAX_ERROR:.0%}, got {sigma_rel=}"
                 f" with an error of {error:.0%} from {widths} models; choose one nearer to theirs, or add checkpoints"
@@ -59,17 +59,17 @@ def synthesize(
     return error
 
 
-def synthesis(tracks: Sequence[tuple[int, PowerEMA]], num_models: int, rule: PowerEMA) -> tuple[list[float], float]:
+def synthesis(known: Sequence[tuple[int, PowerEMA]], num_models: int, rule: PowerEMA) -> tuple[list[float], float]:
     """Return the coefficients of averages, given as (number of models, rule), and the relative error of their sum.
 
     The last coefficient is 1 minus the others. The QR factor is updated block by block instead of a Gram matrix, which
     would square the condition number. Memory: 64 Ki models per average.
     """
-    r_factor = torch.empty(0, len(tracks), dtype=torch.float64)
+    r_factor = torch.empty(0, len(known), dtype=torch.float64)
     target_norm = 0.0
     for first in range(1, num_models + 1, _CHUNK_MODELS):
         models = torch.arange(first, min(first + _CHUNK_MODELS, num_models + 1), dtype=torch.float64)
-        *others, last = (_power_coefficients(models, n, track) for n, track in tracks)
+        *others, last = (_power_coefficients(models, n, average) for n, average in known)
         target = _power_coefficients(models, num_models, rule)
         target_norm = math.hypot(target_norm, float(target.norm()))
         block = torch.stack([*(other - last for other in others), target - last], dim=1)

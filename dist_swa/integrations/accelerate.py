@@ -97,7 +97,7 @@ class AcceleratedSWA(SWA):
         if exists:
             checkpoint.load({"swa": self}, folder)
         else:
-            warnings.warn(f"{folder} is not there: averaging starts anew", stacklevel=2)
+            warnings.warn(f"{folder} does not exist: averaging starts anew", stacklevel=2)
             self.reset()
         self._steps.clear()
         return bool(exists)

@@ -166,8 +166,8 @@ class SWA(Algorithm):  # type: ignore[misc]
             self._is_recalibrated = swa.completed
         else:
             warnings.warn(
-                f"swa_end={end} has not come in {swa.schedule.now.batches} steps: the model keeps its trained weights,"
-                " for a further fit; or call swa.finalize",
+                f"swa_end={end} was not reached in {swa.schedule.now.batches} steps: the model keeps its trained"
+                " weights, for a further fit; or call swa.finalize",
                 stacklevel=2,
             )
 

@@ -60,7 +60,7 @@ def is_sharded(module: nn.Module, fsdp_modules: Iterable[nn.Module]) -> bool:
 
 
 def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> tuple[list[Any], ...]:
-    """Return what changes where a module, a parameter, its storage, or any name of a tensor changes. Cheap."""
+    """Return a value that differs after a module, parameter, storage or name of a tensor was replaced. Cheap."""
     # `_local_tensor`: `to_local` makes a view of each parameter, and every update calls this.
     tensors = [(tensor, shard) for shard in parameters if (tensor := shard.owner.get(shard.key)) is not None]
     storages = [(id(t), getattr(t, "_local_tensor", t).data_ptr(), shard.is_trainable) for t, shard in tensors]
@@ -71,12 +71,12 @@ def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> 
 
 
 def write_marks(shards: Iterable[LocalShard]) -> dict[str, tuple[int, int, int]]:
-    """Return, by name, what changes when a parameter is written: in place, or by assigning `data`. Cheap."""
+    """Return, by name, a value that differs after a parameter was written, in place or by assigning `data`. Cheap."""
     marks = {}
     for shard in shards:
         tensor = shard.owner[shard.key]
         local = getattr(tensor, "_local_tensor", tensor)
-        # Only the version of the tensor that was written rises: of the DTensor or of its local one.
+        # A write raises the version of the DTensor or of its local tensor, not of both.
         versions = (0, 0) if tensor.is_inference() else (tensor._version, local._version)
         marks[shard.name] = (local.data_ptr(), *versions)
     return marks

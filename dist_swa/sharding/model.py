@@ -23,7 +23,6 @@ from dist_swa.sharding.find import (
     write_marks,
 )
 from dist_swa.sharding.fqn import NamePattern, clean_name, select
-from dist_swa.sharding.replicas import ReplicaShard
 from dist_swa.sharding.shard import LocalShard, copy_unless_expanded
 from dist_swa.sharding.wrappers import (
     find_fsdp_modules,
@@ -110,10 +109,10 @@ class ModelShards:
         left = {shard.name for shard in self.averaged if may_leave and not self._is_to_be_averaged(shard)}
         if joined or left:
             shards = [*self.averaged, *self.others]
-            averaged = {shard.name for shard in self.averaged} - left | joined
-            self.averaged = [shard for shard in shards if shard.name in averaged]
-            self.others = [shard for shard in shards if shard.name not in averaged]
-            self._require_averaged()
+            names = {shard.name for shard in self.averaged} - left | joined
+            averaged = [shard for shard in shards if shard.name in names]
+            self._require_one(averaged, shards)
+            self.averaged, self.others = averaged, [shard for shard in shards if shard.name not in names]
         return sorted(joined)
 
     def parameters_unchanged(self) -> bool:
@@ -124,7 +123,7 @@ class ModelShards:
     def note_writes(self) -> None:
         """Note which parameters that are not averaged were written since the last call, such as a momentum encoder.
 
-        Not under FSDP1 those that it flattened together with averaged ones: a write to one is a write to all.
+        Under FSDP1, parameters that were flattened with averaged ones are left out: a write to one marks all of them.
         """
         flattened = {id(shard.owner[shard.key]) for shard in self.averaged} if self.others else set()
         marks = write_marks(shard for shard in self.others if id(shard.owner[shard.key]) not in flattened)
@@ -204,13 +203,12 @@ class ModelShards:
         self._selected = set(names) if parameters is None else select(names, parameters, "parameters")
         self.averaged = [shard for shard in shards if self._is_to_be_averaged(shard)]
         self.others = [shard for shard in shards if not self._is_to_be_averaged(shard)]
-        self._require_averaged()
+        self._require_one(self.averaged, shards)
         self.buffers = find_buffers(self.module)
         self._fingerprint = self._storage_fingerprint()
 
-    def _require_averaged(self) -> None:
-        shards = [*self.averaged, *self.others]
-        if not self.averaged:
+    def _require_one(self, averaged: Sequence[LocalShard], shards: Sequence[LocalShard]) -> None:
+        if not averaged:
             num_trainable = sum(shard.is_trainable for shard in shards)
             raise ValueError(
                 f"ShardedAverage needs a parameter that requires a gradient and is selected by `parameters`, got none"
@@ -229,7 +227,7 @@ class ModelShards:
 
     def _check_replicas(self, mesh: DeviceMesh) -> None:
         """Raise ValueError on all replicas unless they have the same parameters. A collective of them."""
-        shards = [shard for shard in [*self.averaged, *self.others] if isinstance(shard, ReplicaShard)]
+        shards = [shard for shard in [*self.averaged, *self.others] if shard.is_replica]
         averaged = {shard.name for shard in self.averaged}
         fingerprints = [
             fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {shard.name in averaged}")

@@ -15,11 +15,15 @@ from dist_swa.sharding.shard import Layout, MeshShard, copy_unless_expanded, row
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReplicaShard(MeshShard):
-    """The rows of a replicated parameter that this rank averages. One without dimensions is averaged on every rank."""
+    """The rows of a replicated parameter that this rank averages. A 0-dim parameter is averaged on every rank."""
 
     @cached_property
     def _rows(self) -> tuple[slice, ...]:
         return (rows_of_rank(self.shape, self.layout.mesh),) if self.shape else ()
+
+    @property
+    def is_replica(self) -> bool:
+        return True
 
     @property
     def local(self) -> Tensor:

@@ -44,7 +44,7 @@ class LocalShard(ABC):
     names: tuple[str, ...]
     owner: Mapping[str, Any]  # has the tensor under `key`: `_parameters` or `_buffers` of a module
     key: str
-    shape: torch.Size  # of the whole tensor, as `stride`
+    shape: torch.Size  # of the whole tensor, like `stride`
     stride: tuple[int, ...]
     is_persistent: bool = True
 
@@ -60,6 +60,11 @@ class LocalShard(ABC):
     @property
     def is_trainable(self) -> bool:
         return bool(self.owner[self.key].requires_grad)
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether each rank of a group has the whole tensor, and averages a part of it."""
+        return False
 
     @property
     def is_on_first_rank(self) -> bool:
@@ -117,6 +122,11 @@ class MeshShard(LocalShard):
         return self.mesh_layout
 
     @property
+    def is_replica(self) -> bool:
+        """Whether each rank of a group has the whole tensor, and averages a part of it."""
+        return False
+
+    @property
     def is_on_first_rank(self) -> bool:
         return not any(self.layout.mesh.get_coordinate() or ())
 
@@ -165,7 +175,7 @@ class LoadOnlyTensor(Tensor):
 
 
 def checkpoint_view(shard: LocalShard, local: Tensor, is_first_rank: bool) -> Tensor:
-    """Return the whole tensor for a checkpoint, to which only the first rank writes plain tensors.
+    """Return the tensor that a checkpoint stores. Only the first rank writes plain tensors.
 
     Plain tensors, such as buffers, may differ between ranks. torch.distributed.checkpoint would write that of any rank.
     """

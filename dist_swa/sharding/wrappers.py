@@ -2,9 +2,9 @@
 
 [Note: stale unsharded weights]
 After a forward without a backward, the root of FSDP1 and FSDP2 stays unsharded. ``named_parameters()`` then gives plain
-tensors, and the next forward, also one of training, uses them whatever was written into the shards. So every reader
-and writer of shards calls `reshard` first. A writer also discards the all-gathers that FSDP2 has prefetched. A reader
-leaves them to the next forward.
+tensors, and the next forward, also one of training, uses these stale tensors even if the shards have changed. So every
+reader and writer of shards calls `reshard` first. A writer also discards the all-gathers that FSDP2 has prefetched. A
+reader leaves them to the next forward.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
             model = ddp.module
         elif isinstance(model, nn.DataParallel):
             model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's only name for it
+        elif (compiled := dict(model.named_children()).get("_orig_mod")) is not None:  # of torch.compile
             model = compiled
         else:
             return model, ddp

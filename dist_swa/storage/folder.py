@@ -150,7 +150,7 @@ def _lock(path: Path) -> bool:
         holder = os.pread(file, 1000, 0).decode().strip()
         os.close(file)
         raise RuntimeError(
-            f"CheckpointFolder needs a folder that no other run writes to, got path={path}, which is held by {holder}"
+            f"CheckpointFolder needs a folder that no other run writes to, got path={path}, which is locked by {holder}"
             "; end that run, or use another folder"
         ) from error
     except OSError as error:

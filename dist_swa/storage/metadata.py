@@ -48,18 +48,18 @@ _PRIME = 2**127 - 1
 def read_metadata(file: IO[bytes]) -> Metadata:
     """Return the metadata in `file`; UnpicklingError if it asks to run code, TypeError or ValueError if damaged."""
     try:
-        metadata = _Unpickler(file).load()
+        metadata = _SafeUnpickler(file).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged opcodes raise anything, such as IndexError
         raise ValueError(f"it is no pickle of metadata ({type(error).__name__}: {error})") from error
     if not isinstance(metadata, Metadata):
-        raise TypeError(f"it holds {type(metadata).__name__} where Metadata should be")
+        raise TypeError(f"it contains {type(metadata).__name__} instead of Metadata")
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     types = {"state_dict_metadata": dict, "storage_data": dict, "storage_meta": StorageMeta}
     for name, expected in types.items():
         if not isinstance(value := getattr(metadata, name), expected):
-            raise TypeError(f"it holds {type(value).__name__} where a {expected.__name__} should be")
+            raise TypeError(f"it contains {type(value).__name__} instead of a {expected.__name__}")
     for index, place in metadata.storage_data.items():
         _check_place(index, place)
     for key, entry in metadata.state_dict_metadata.items():
@@ -75,7 +75,7 @@ def _refusal(what: str) -> pickle.UnpicklingError:
 def _limit_nesting(load_tuple: Callable[[Any], None]) -> Callable[[Any], None]:
     """Refuse tuples nested deeper than ((2, 3),): hashing a deep tuple overflows the C stack."""
 
-    def load(self: _Unpickler) -> None:
+    def load(self: _SafeUnpickler) -> None:
         load_tuple(self)
         if any(isinstance(inner, tuple) for value in self.stack[-1] if isinstance(value, tuple) for inner in value):
             raise _refusal("has tuples in tuples in tuples")
@@ -83,7 +83,7 @@ def _limit_nesting(load_tuple: Callable[[Any], None]) -> Callable[[Any], None]:
     return load
 
 
-class _Unpickler(pickle._Unpickler):
+class _SafeUnpickler(pickle._Unpickler):
     """The unpickler written in Python: the one in C does not let its opcodes be replaced."""
 
     stack: list[Any]
@@ -121,12 +121,12 @@ def _check_place(index: Any, place: Any) -> None:
             if Path(name).name != name:
                 raise ValueError(f"it names a file outside of the folder, {name!r}")
         case _:
-            raise TypeError(f"it holds {place!r} where the place of an entry should be")
+            raise TypeError(f"it contains {place!r} instead of the place of an entry")
 
 
 def _check_entry(key: Any, entry: Any) -> None:
     if not isinstance(key, str):
-        raise TypeError(f"it holds {key!r} where a key should be")
+        raise TypeError(f"it contains {key!r} instead of a key")
     match entry:
         case BytesStorageMetadata():
             pass

@@ -138,7 +138,9 @@ class _VerifyingFileSystem(FileSystem):
         except CheckpointError:
             raise
         except Exception as error:
-            raise self.error(name, f"it holds other than tensors and plain values ({type(error).__name__})") from error
+            raise self.error(
+                name, f"it contains other values than tensors and plain ones ({type(error).__name__})"
+            ) from error
 
     def open(self, name: str) -> io.BufferedReader:
         try:

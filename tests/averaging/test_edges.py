@@ -1,14 +1,16 @@
 """What cannot be averaged, saved or exported right raises or warns, on every rank, and names the remedy."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -251,7 +253,7 @@ def test_a_parameter_that_is_unfrozen_joins_as_if_it_had_always_had_its_value(wr
         if "up." in name:
             parameter.requires_grad_(True)
     swa.state_dict()  # what was averaged can be saved before the next update
-    with pytest.warns(UserWarning, match=r"averaged from now on, as if they .*: up.bias, up.weight"):
+    with pytest.warns(UserWarning, match=r"averaged from now on, and .*: up.bias, up.weight"):
         step_to(wrapped, swa, 3.0)
     step_to(wrapped, swa, 5.0)
     full = swa.average.full_state_dict()
@@ -350,12 +352,82 @@ def test_a_frozen_parameter_that_is_written_inside_for_the_first_time_is_named()
     assert model.key.weight.eq(1).all()
 
 
-@pytest.mark.parametrize("use", ["recalibrate_batch_norm", "finalize"])
-@on_ranks(2, timeout_s=20.0)
-def test_batch_norm_on_one_rank_only_raises_on_every_rank(use: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4) if dist.get_rank() == 1 else nn.Identity())
-    swa = SWA(model, swa_start="1ba")
-    swa.step()
-    batches = [torch.ones(2, 4)]
-    with pytest.raises(ValueError, match=r"needs the same layers on every rank, got layers=.*; pass the same skip"):
-        recalibrate_batch_norm(model, batches) if use == "recalibrate_batch_norm" else swa.finalize(batches)
+@on_ranks(2)
+def test_a_compiled_module_inside_fsdp1_keeps_its_shards() -> None:
+    compiled: Any = torch.compile(build(), backend="eager")
+    model = FullyShardedDataParallel(compiled, device_id=torch.device("cpu"), use_orig_params=True)
+    average = ShardedAverage(model)
+    average.update()
+    full = average.full_state_dict()
+    whole = build().state_dict()
+    assert not full or {name: value.shape for name, value in full.items()} == {n: v.shape for n, v in whole.items()}
+
+
+class Forwarding(nn.Module):
+    """A wrapper whose attributes are those of the module in it, as PEFT's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(2, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def test_a_wrapper_that_forwards_attributes_keeps_its_own_parameters() -> None:
+    inner: Any = torch.compile(nn.Linear(2, 2), backend="eager")
+    average = ShardedAverage(Forwarding(inner))
+    average.update()
+    assert {"head.weight", "inner.weight"} <= set(average.full_state_dict())
+
+
+@on_ranks(2, timeout_s=30.0)
+def test_replicas_that_average_other_parameters_raise_on_every_rank() -> None:
+    model = build()
+    model.up.requires_grad_(False)
+    average = ShardedAverage(model, process_group=dist.group.WORLD)
+    average.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.up.requires_grad_(dist.get_rank() == 0)
+        average.update()
+    with pytest.raises(ValueError, match="every rank to average the same parameters, got num_parameters="):
+        average.swapped_in().__enter__()
+
+
+@pytest.mark.parametrize("is_frozen_at_first", [False, True])
+def test_a_checkpoint_loads_where_requires_grad_was_set_after_construction(
+    is_frozen_at_first: bool, tmp_path: Path
+) -> None:
+    def new() -> tuple[nn.Module, SWA]:
+        model = build()
+        model.up.requires_grad_(not is_frozen_at_first)
+        swa = SWA(model, swa_start="1ba")
+        model.up.requires_grad_(is_frozen_at_first)
+        return model, swa
+
+    model, swa = new()
+    step_to(model, swa, 1.0)
+    step_to(model, swa, 2.0)
+    checkpoint.save({"swa": swa}, tmp_path / "saved")
+    _, again = new()
+    checkpoint.load({"swa": again}, tmp_path / "saved")
+    assert again.num_averaged == 2
+    assert same_bits(again.average.state_dict()["slots"]["0"], swa.average.state_dict()["slots"]["0"])
+
+
+def test_an_update_without_anything_to_average_changes_nothing() -> None:
+    model = build()
+    average = ShardedAverage(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="needs a parameter that requires a gradient and is selected"):
+        average.update()
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    average.update()
+    assert len(average.state_dict()["slots"]["0"]) == len(trainable)

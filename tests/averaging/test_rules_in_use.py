@@ -160,5 +160,7 @@ def test_a_users_rule_does_not_load_into_another_class() -> None:
 
 def test_a_users_rule_with_other_values_loads_with_a_warning() -> None:
     state = ShardedAverage(Vector(torch.ones(2)), LateEMA(0.7)).state_dict()
-    with pytest.warns(UserWarning, match=re.escape("averaged with LateEMA(decay=0.7); going on with LateEMA(decay=0")):
+    with pytest.warns(
+        UserWarning, match=re.escape("averaged with LateEMA(decay=0.7); continuing with LateEMA(decay=0")
+    ):
         ShardedAverage(Vector(torch.ones(2)), LateEMA(0.8)).load_state_dict(state)

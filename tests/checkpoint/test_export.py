@@ -428,7 +428,7 @@ def test_extra_state_is_left_out_unless_it_is_a_tensor(
         warnings.simplefilter("always")
         checkpoint.export(source, tmp_path / "out.safetensors")
     messages = [str(warning.message) for warning in caught]
-    assert messages == ["safetensors hold tensors only: left out 0._extra_state"] * left_out
+    assert messages == ["safetensors store tensors only; not written: 0._extra_state"] * left_out
     state = load_file(tmp_path / "out.safetensors")
     assert ("0._extra_state" in state) == (not left_out)
     model.load_state_dict(state, strict=not left_out)
@@ -475,13 +475,13 @@ def state_of(average: ShardedAverage, **changes: Any) -> dict[str, Any]:
             {"format_version": torch.tensor(2)},
             r"needs format_version <= 1, got swa.format_version=2 in .*; update dist",
         ),
-        ({"num_averaged": torch.tensor(0.5)}, r"as it was written, got an odd swa.num_averaged in"),
-        ({"num_averaged": torch.empty(0, dtype=torch.int64)}, r"got an odd swa.num_averaged in"),
-        ({"slots": {"0": {}}}, r"got an odd swa.slots in"),
-        ({"rule": {}}, r"got an odd swa.rule in"),
-        ({"rule": {"Equal": torch.tensor([300])}}, r"got an odd swa.rule.Equal in"),
-        ({"ties": {"tied.weight": torch.tensor([91], dtype=torch.uint8)}}, r"got an odd swa.ties.tied.weight in"),
-        ({"ties": {"tied.weight": torch.tensor(list(b"[3]"))}}, r"got an odd swa.ties.tied.weight in"),
+        ({"num_averaged": torch.tensor(0.5)}, r"as it was written, got an invalid swa.num_averaged in"),
+        ({"num_averaged": torch.empty(0, dtype=torch.int64)}, r"got an invalid swa.num_averaged in"),
+        ({"slots": {"0": {}}}, r"got an invalid swa.slots in"),
+        ({"rule": {}}, r"got an invalid swa.rule in"),
+        ({"rule": {"Equal": torch.tensor([300])}}, r"got an invalid swa.rule.Equal in"),
+        ({"ties": {"tied.weight": torch.tensor([91], dtype=torch.uint8)}}, r"got an invalid swa.ties.tied.weight in"),
+        ({"ties": {"tied.weight": torch.tensor(list(b"[3]"))}}, r"got an invalid swa.ties.tied.weight in"),
     ],
 )
 def test_damaged_state_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

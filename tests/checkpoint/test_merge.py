@@ -237,7 +237,7 @@ def save_flat(folder: Path, kind: str) -> list[Path]:
     return paths
 
 
-@pytest.mark.filterwarnings("ignore:.* tensors only. left out epoch")
+@pytest.mark.filterwarnings("ignore:.* tensors only; not written. epoch")
 @pytest.mark.parametrize(("kind", "key"), [("dcp", None), ("dcp", ""), ("ddp", None), ("beside", "")])
 def test_a_checkpoint_without_entries_is_a_model(tmp_path: Path, kind: str, key: str | None) -> None:
     last = flat_states()[1]

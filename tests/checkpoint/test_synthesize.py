@@ -88,15 +88,15 @@ def test_a_saved_width_is_reproduced(run: list[Path], tmp_path: Path) -> None:
 def test_no_other_coefficients_that_sum_to_1_are_better() -> None:
     """Compare with numpy's solution of the system with a Lagrange multiplier, for more models than one block."""
     num_models = 70_000
-    tracks = [(n, PowerEMA(s)) for n in (20_000, 50_000, 70_000) for s in (0.05, 0.10)]
-    found, error = synthesis(tracks, num_models, PowerEMA(0.15))
+    known = [(n, PowerEMA(s)) for n in (20_000, 50_000, 70_000) for s in (0.05, 0.10)]
+    found, error = synthesis(known, num_models, PowerEMA(0.15))
 
     def column(n: int, sigma_rel: float) -> np.ndarray:
         power = PowerEMA(sigma_rel).gamma + 1
         edges = (np.arange(num_models + 1, dtype=np.longdouble) / n) ** power
         return np.where(np.arange(1, num_models + 1) <= n, np.diff(edges), 0).astype(np.float64)
 
-    matrix = np.stack([column(n, rule.sigma_rel) for n, rule in tracks], axis=1)
+    matrix = np.stack([column(n, rule.sigma_rel) for n, rule in known], axis=1)
     target = column(num_models, 0.15)
     system = np.block([[matrix.T @ matrix, np.ones((6, 1))], [np.ones((1, 6)), np.zeros((1, 1))]])
     best = np.linalg.solve(system, np.append(matrix.T @ target, 1))[:-1]

@@ -258,7 +258,7 @@ def test_each_average_has_its_own_folder_until_it_is_detached(tmp_path: Path, ki
         swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
         train(accelerator, model, optimizer, swa, 0, START)
         assert swa.num_averaged == 1
-        with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+        with pytest.warns(UserWarning, match="dist_swa does not exist: averaging starts anew") as caught:
             accelerator.load_state(str(tmp_path / "one"))
         assert sum("averaging" in str(warning.message) for warning in caught) == 1
         assert not swa.step()

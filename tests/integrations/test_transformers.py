@@ -288,7 +288,7 @@ def test_checkpoint_without_an_average_warns_and_averaging_starts_anew(tmp_path:
     with launched():
         trainer = trainer_for("gpt2 ddp", tmp_path, eval_strategy="steps", eval_steps=2)
         trainer = add_swa(trainer, swa_start="1ba", evaluate="trained")
-        with pytest.warns(UserWarning, match="dist_swa is not there: averaging starts anew") as caught:
+        with pytest.warns(UserWarning, match="dist_swa does not exist: averaging starts anew") as caught:
             trainer.train(resume_from_checkpoint=True)
         assert sum("averaging" in str(warning.message) for warning in caught) == 1
         assert trainer.swa.schedule.now.batches == STEPS

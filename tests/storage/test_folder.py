@@ -266,7 +266,7 @@ def is_locked(path: Path) -> bool:
     """Return whether another process is refused the folder."""
     command = [sys.executable, "-c", LOCK, str(path)]
     ran = subprocess.run(command, input=b"", capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return b"which is held by process" in ran.stderr
+    return b"which is locked by process" in ran.stderr
 
 
 def test_a_backup_or_a_second_object_does_not_release_the_lock(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path: Path) -> None:
         assert names(tmp_path) == before
         holder.kill()
     for message in messages:
-        assert f"needs a folder that no other run writes to, got path={tmp_path}, which is held by process" in message
+        assert f"needs a folder that no other run writes to, got path={tmp_path}, which is locked by process" in message
         assert f"process {holder.pid} on " in message
     assert load_value(CheckpointFolder(tmp_path)) == (1, 1.0)  # a killed run has no lock
     assert names(tmp_path) == ["step-000000001"]

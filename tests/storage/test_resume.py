@@ -272,7 +272,7 @@ def test_rule_of_a_checkpoint() -> None:
     with pytest.raises(ValueError, match=r"needs a checkpoint of rule=Equal, got rule=EMA; build the average with"):
         ShardedAverage(model).load_state_dict(saved.state_dict())
     other = ShardedAverage(model, EMA(decay=0.5))
-    with pytest.warns(UserWarning, match=r"was averaged with EMA\(decay=0.9.*; going on with EMA\(decay=0.5"):
+    with pytest.warns(UserWarning, match=r"was averaged with EMA\(decay=0.9.*; continuing with EMA\(decay=0.5"):
         other.load_state_dict(saved.state_dict())
     assert (other.num_averaged, other.rule) == (1, EMA(decay=0.5))
 

@@ -129,7 +129,7 @@ def test_metadata_changes_no_object_of_the_process(tmp_path: Path, target: str, 
         (b"}" + b"(" * 300_000 + b"t" * 300_000 + b"Ns.", "tuples in tuples"),
         (b"b", "no pickle of metadata"),
         (b"", "no pickle of metadata"),
-        (b"N.", "it holds NoneType where Metadata should be"),
+        (b"N.", "it contains NoneType instead of Metadata"),
     ],
     ids=["deep tuple", "deep pair", "deep marks", "empty stack", "no opcode", "None"],
 )
@@ -142,7 +142,7 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: bytes, m
 
 # --- Code in values and tensors
 
-NO_PLAIN_VALUE = r"__0_0\.distcp: it holds other than tensors and"
+NO_PLAIN_VALUE = r"__0_0\.distcp: it contains other values than tensors and"
 
 
 @pytest.fixture
@@ -232,16 +232,16 @@ def chunks(shape: tuple[int, ...], *boxes: Chunk) -> Callable[[Any], object]:
     return lambda metadata: set_chunks(metadata, shape, *boxes)
 
 
-NO_PLACE, NO_TENSOR = "where the place of an entry", f"does not describe {ROW} as"
+NO_PLACE, NO_TENSOR = "instead of the place of an entry", f"does not describe {ROW} as"
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "file outside": (set_place("relative_path", "../x"), "a file outside of the folder"),
     "file not a string": (set_place("relative_path", 7), NO_PLACE),
     "negative offset": (set_place("offset", -5), NO_PLACE),
     "length not a number": (set_place("length", "7"), NO_PLACE),
     "no place": (lambda m: m.storage_data.popitem(), "it does not say where"),
-    "no places": (lambda m: setattr(m, "storage_data", None), "it holds NoneType where a dict"),
-    "no attribute": (lambda m: delattr(m, "storage_data"), "it holds NoneType where a dict"),
-    "key not a string": (lambda m: m.state_dict_metadata.update({7: None}), "it holds 7 where a key should be"),
+    "no places": (lambda m: setattr(m, "storage_data", None), "it contains NoneType instead of a dict"),
+    "no attribute": (lambda m: delattr(m, "storage_data"), "it contains NoneType instead of a dict"),
+    "key not a string": (lambda m: m.state_dict_metadata.update({7: None}), "it contains 7 instead of a key"),
     "modules not a list": (lambda m: setattr(m.storage_meta, "modules", 7), "not iterable"),
     "properties of another type": (set_row("properties", "hello"), NO_TENSOR),
     "dtype of another type": (lambda m: setattr(m.state_dict_metadata[ROW].properties, "dtype", "hello"), NO_TENSOR),

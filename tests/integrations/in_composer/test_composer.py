@@ -108,7 +108,11 @@ def test_several_fits_are_composers() -> None:
         model = Model()
         swa = build(swa_start="1ep", swa_end="3ep", update_interval="1ep")
         it = trainer(model, [swa], max_duration=None)
-        with pytest.warns(UserWarning, match="swa_end=3ep has not come in 16 steps") if build is SWA else nullcontext():
+        with (
+            pytest.warns(UserWarning, match="swa_end=3ep was not reached in 16 steps")
+            if build is SWA
+            else nullcontext()
+        ):
             it.fit(duration="2ep")
         seen.append([read(model.net), status_of(swa)[:2]])
         it.fit(duration="2ep")
