@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +31,22 @@ def all_reduce_max(values: Sequence[int], group: dist.ProcessGroup | None, devic
     return [int(value) for value in tensor.tolist()]
 
 
-def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the `value` of each rank of `group`, which travels pickled. A collective; without any, ``[value]``."""
+def all_gather(value: T, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> list[T]:
+    """Return the `value` of each rank of `group`, which travels pickled. A collective; without any, ``[value]``.
+
+    Under NCCL it travels on `device`, or by default on the current device, which has to be this rank's own.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group)
+    with nullcontext() if device is None or device.index is None else torch.accelerator.device_index(device.index):
+        dist.all_gather_object(values, value, group)
     return values
 
 
 @contextmanager
-def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Raise an error of the body on every rank of `group`. A collective.
+def raise_on_all(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Iterator[None]:
+    """Raise an error of the body on every rank of `group`. A collective; `device` as for `all_gather`.
 
     A rank with an error raises its own. All others raise that of the first rank that has one.
     """
@@ -51,7 +55,7 @@ def raise_on_all(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    errors = all_gather(None if error is None else _portable(error), group)
+    errors = all_gather(None if error is None else _portable(error), group, device)
     if error is not None:
         raise error
     for rank, other in enumerate(errors):

@@ -155,7 +155,8 @@ class ShardedAverage:
         other values on other ranks, or is missing on some: a checkpoint and an export would have those of one rank
         only. `with_others`: also parameters that are not averaged.
         """
-        check_ranks(self.num_averaged, self._averages.plain_fingerprints(with_others), process_group)
+        fingerprints = self._averages.plain_fingerprints(with_others)
+        check_ranks(self.num_averaged, fingerprints, process_group, self._shards.device)
 
     @torch.no_grad()
     def full_state_dict(self, name: str | None = None) -> dict[str, Any]:
@@ -227,7 +228,8 @@ class ShardedAverage:
     def check_replicas(self) -> None:
         """Raise on all replicas where one has averaged other models or parameters. A collective of them."""
         if self._shards.group is not None:
-            check_counts(self.num_averaged, [shard.name for shard in self._shards.averaged], self._shards.group)
+            names = [shard.name for shard in self._shards.averaged]
+            check_counts(self.num_averaged, names, self._shards.group, self._shards.device)
 
     def _checked_state(self, action: str, name: str | None) -> AverageState:
         """Return an average that may be put into the model, or raise on all replicas. A collective of them."""

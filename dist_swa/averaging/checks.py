@@ -12,12 +12,14 @@ import torch.distributed as dist
 from dist_swa.collectives import all_gather
 
 
-def check_counts(num_averaged: int, names: Sequence[str], group: dist.ProcessGroup | None) -> None:
+def check_counts(
+    num_averaged: int, names: Sequence[str], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
     """Raise on every rank of `group` unless all averaged as many models and the same parameters. A collective.
 
     RuntimeError for other numbers of models, ValueError for other parameters.
     """
-    facts = all_gather((num_averaged, hashlib.sha256(repr(names).encode()).hexdigest()), group)
+    facts = all_gather((num_averaged, hashlib.sha256(repr(names).encode()).hexdigest()), group, device)
     counts = [count for count, _ in facts]
     if min(counts) != max(counts):
         raise RuntimeError(
@@ -32,10 +34,12 @@ def check_counts(num_averaged: int, names: Sequence[str], group: dist.ProcessGro
         )
 
 
-def check_ranks(num_averaged: int, fingerprints: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
+def check_ranks(
+    num_averaged: int, fingerprints: Mapping[str, int], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
     """Raise RuntimeError for other numbers of models, and ValueError for other `fingerprints` of plain parameters."""
-    check_counts(num_averaged, (), group)
-    of_ranks = all_gather(dict(fingerprints), group)
+    check_counts(num_averaged, (), group, device)
+    of_ranks = all_gather(dict(fingerprints), group, device)
     for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
         if len({of_rank.get(name) for of_rank in of_ranks}) > 1:
             raise ValueError(

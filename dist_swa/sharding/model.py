@@ -76,7 +76,7 @@ class ModelShards:
 
     def raise_on_replicas(self) -> AbstractContextManager[None]:
         """Raise an error of the body on all replicas. A collective of them."""
-        return nullcontext() if self.group is None else raise_on_all(self.group)
+        return nullcontext() if self.group is None else raise_on_all(self.group, self.device)
 
     def reshard(self) -> None:
         reshard(self._fsdp_modules)
@@ -176,7 +176,7 @@ class ModelShards:
         """Whether no rank's `tensors` have NaN or inf. One small all-reduce for each axis of the meshes."""
         parts = [torch.view_as_real(part) if part.is_complex() else part for part in tensors if part.numel()]
         largest = torch._foreach_norm(parts, torch.inf) if parts else []
-        is_finite = [value.isfinite().to(self._device) for value in largest]
+        is_finite = [value.isfinite().to(self.device) for value in largest]
         num_bad = int(bool(parts) and not torch.stack(is_finite).all())
         meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
         axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
@@ -185,7 +185,7 @@ class ModelShards:
         return num_bad == 0
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(self.module.parameters(), torch.empty(0)).device
 
     def _find(self, parameters: NamePattern | None) -> None:
@@ -196,7 +196,7 @@ class ModelShards:
                 raise ValueError(
                     "process_group needs a model with replicated parameters, got sharded ones; leave process_group out"
                 )
-            self._replica_mesh = DeviceMesh.from_group(self.group, self._device.type)
+            self._replica_mesh = DeviceMesh.from_group(self.group, self.device.type)
         self._flat_meshes = find_flat_meshes(self._fsdp_modules)
         shards = self._find_parameters()
         names = [name for shard in shards for name in shard.names]
@@ -233,4 +233,4 @@ class ModelShards:
             fingerprint(shard.local_tensor, f"{shard.names} {tuple(shard.shape)} {shard.name in averaged}")
             for shard in shards
         ]
-        check_replicas([shard.name for shard in shards], fingerprints, mesh.get_group(), self._device)
+        check_replicas([shard.name for shard in shards], fingerprints, mesh.get_group(), self.device)
