@@ -78,6 +78,8 @@ def test_what_is_not_selected_may_be_frozen_and_unfrozen() -> None:
     model.up.bias.requires_grad_(False)  # stays in the average
     average.update()
     average.transfer()
+    assert average.num_averaged == 3
+    assert set(average.state_dict()["slots"]["0"]) == {"up.weight", "up.bias"}
 
 
 @pytest.mark.parametrize("wrapper", ["plain", "group", "ddp", "fsdp1", "fsdp2"])
