@@ -9,7 +9,8 @@ from torch import nn
 
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
-from dist_swa.sharding.wrappers import unwrap
+from dist_swa.sharding.fqn import select
+from dist_swa.sharding.wrappers import collective_groups, unwrap
 
 
 class FrozenLayers:
@@ -26,9 +27,18 @@ class FrozenLayers:
             self.names = {name for name, layer in self._layers.items() if not layer.training}
 
     def recalibrate(self, batches: Iterable[Any] | None, skip: Any = None, **options: Any) -> None:
-        """Call `recalibrate_batch_norm` for the other layers. A collective. ValueError where it needs `batches`."""
-        batches = _NoBatches() if batches is None else batches
+        """Call `recalibrate_batch_norm` for the other layers. ValueError where it needs `batches`.
+
+        Without `batches` a collective of a model that is replicated or sharded, if it has layers. Local otherwise.
+        """
         skip = [self.names.__contains__, *([] if skip is None else [skip])]
+        if batches is None:
+            if self._layers.keys() <= select(self._layers, skip, "skip"):
+                return
+            module, ddp = unwrap(self._model)
+            if ddp is None and not any(collective_groups(module)):
+                raise _error_without_batches()
+            batches = _NoBatches()
         recalibrate_batch_norm(self._model, batches, skip=skip, **options)
 
     def saved(self) -> list[bool]:
@@ -49,7 +59,11 @@ class _NoBatches:
     """Raises when it is asked for a batch: `recalibrate_batch_norm` then raises on all ranks."""
 
     def __iter__(self) -> Iterator[Any]:
-        raise ValueError(
-            "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
-            " average.transfer() to keep the statistics of the last update"
-        )
+        raise _error_without_batches()
+
+
+def _error_without_batches() -> ValueError:
+    return ValueError(
+        "finalize needs batches for a model with BatchNorm, got batches=None; pass the training loader, or call"
+        " average.transfer() to keep the statistics of the last update"
+    )

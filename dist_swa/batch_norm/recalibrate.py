@@ -30,6 +30,7 @@ from dist_swa.collectives import fingerprint
 from dist_swa.sharding.fqn import NamePattern, select
 from dist_swa.sharding.shard import copy_unless_expanded
 from dist_swa.sharding.wrappers import (
+    collective_device,
     collective_groups,
     find_fsdp_modules,
     preserve_broadcast_flags,
@@ -59,7 +60,8 @@ def recalibrate_batch_norm(
     the number of batches counted on all ranks. The buffers are written in place.
 
     A collective: every rank of `process_group` must call it, each with its own `batches`. Their number and sizes may
-    differ between ranks, and a rank may have none. Returns at once if the model has no layer with running statistics.
+    differ between ranks, and a rank may have none. If no rank's model has a layer with running statistics, it makes one
+    small all-reduce and returns.
 
     The layers are BatchNorm, SyncBatchNorm (without communication during the call), their subclasses, and InstanceNorm
     with `track_running_stats` (means of the moments per instance). All other modules run in evaluation mode. Frozen
@@ -85,10 +87,12 @@ def recalibrate_batch_norm(
             |mean|/std up to 10; 3e-4 at 1e5, there 4e-3 for channels_last inputs and inputs without spatial dims.
         skip: the layers to leave unchanged: a pattern of FQNs ("backbone.*"), a function of the FQN, or several.
         process_group: the ranks whose statistics are merged. Default: DDP's group, or all ranks. Under tensor
-            parallelism pass the data-parallel group, otherwise each sample counts once per tensor-parallel rank.
+            parallelism pass the data-parallel group, otherwise each sample counts once per tensor-parallel rank. Where
+            ranks have different parts of a model, pass the ranks that have the same part.
         progress: show a progress bar on the first rank.
 
-    Invalid arguments and batches raise TypeError or ValueError, and ValueError if no rank has a batch. An error on one
+    Invalid arguments and batches raise TypeError or ValueError. ValueError, too, if no rank has a batch, or if ranks
+    would recalibrate different layers. An error on one
     rank, from its loader or `forward`, raises there and as RuntimeError on all other ranks. The exception is an error
     inside a forward with collectives: the other ranks wait in it, and it raises on its own rank only.
 
@@ -97,10 +101,10 @@ def recalibrate_batch_norm(
     """
     module, ddp = unwrap(model)
     layers = batch_norm_layers(module)
-    if not layers:
-        return
     group = ddp.process_group if process_group is None and ddp is not None else process_group
-    ranks = Ranks(group, statistics_of(next(iter(layers.values())))[0].device, *collective_groups(module))
+    statistics = [statistics_of(layer)[0] for layer in layers.values()]
+    device = statistics[0].device if statistics else collective_device(module)
+    ranks = Ranks(group, device, *collective_groups(module))
     collectors: dict[str, StatisticsCollector] = {}
     error: Exception | None = None
     try:
@@ -242,5 +246,6 @@ def _agree_on_layers(names: Iterable[str], layerwise: bool, error: Exception | N
     if highest != -lowest:
         raise ValueError(
             f"recalibrate_batch_norm needs the same layers on every rank, got {layers=}, {layerwise=} here and others"
-            " elsewhere; pass the same skip and layerwise, and set the same modes, on every rank"
+            " elsewhere; pass the same skip and layerwise, and set the same modes, on every rank. Where ranks have"
+            " different parts of a model, pass the process_group of the ranks that have the same part"
         )

@@ -25,6 +25,7 @@ from dist_swa.sharding.find import (
 from dist_swa.sharding.fqn import NamePattern, clean_name, select
 from dist_swa.sharding.shard import LocalShard, copy_unless_expanded
 from dist_swa.sharding.wrappers import (
+    collective_device,
     find_fsdp_modules,
     preserve_broadcast_flags,
     preserve_buffers,
@@ -186,7 +187,7 @@ class ModelShards:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters(), torch.empty(0)).device
+        return collective_device(self.module)
 
     def _find(self, parameters: NamePattern | None) -> None:
         """Find the shards for the first time, and decide which of them are averaged."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard, cast
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -102,6 +103,14 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
         for buffers, before in owners:
             buffers.clear()
             buffers.update(before)
+
+
+def collective_device(module: nn.Module) -> torch.device:
+    """Return a device on which the ranks of `module` communicate. Offloaded parameters are on another one."""
+    parameter = next(module.parameters(), torch.empty(0))
+    if isinstance(parameter, DTensor) and parameter.device.type != parameter.device_mesh.device_type:
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device
 
 
 def collective_groups(module: nn.Module) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:

@@ -1,6 +1,8 @@
 """Process groups, tensor parallelism, ranks without batches, and the number of collectives."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,7 +24,7 @@ from batch_norm_models import (
     wrap,
 )
 from batch_norm_oracle import assert_all_statistics, assert_layerwise_statistics, has_statistics_of
-from dist_swa import recalibrate_batch_norm
+from dist_swa import SWA, recalibrate_batch_norm
 from ranks import on_ranks
 
 
@@ -155,3 +157,49 @@ def test_the_number_of_all_reduces_is_fixed(wrapper: str, num_layers: int, num_b
     assert (counts_and_means, deviations) == (6 * num_layers, 3 * num_layers)
     assert len(agreements) == (2 + num_batches if wrapper in SHARDED else 2)
     assert max(agreements) <= 5, "a few integers"
+
+
+def stage_of(rank: int) -> nn.Sequential:
+    """Return one of two parts of a model. Only the first has a layer with statistics."""
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) if rank == 0 else nn.Sequential(nn.Linear(3, 2))
+
+
+def averaged(stage: nn.Module) -> SWA:
+    swa = SWA(stage, swa_start="1ba")
+    swa.step()
+    return swa
+
+
+PASSES: dict[str, Callable[[nn.Module], None]] = {
+    "recalibrate": lambda stage: recalibrate_batch_norm(stage, batches_of(2), max_batches=1),
+    "finalize": lambda stage: averaged(stage).finalize(batches_of(2), max_batches=1),
+}
+
+
+@pytest.mark.parametrize("given", PASSES)
+@on_ranks(2, timeout_s=HANG_S)
+def test_layers_on_one_rank_only_raise_on_every_rank(given: str) -> None:
+    with pytest.raises(ValueError, match=r"same layers on every rank, .*; .* pass the process_group of"):
+        PASSES[given](stage_of(dist.get_rank()))
+
+
+@on_ranks(2, timeout_s=HANG_S)
+def test_without_batches_only_the_rank_with_layers_raises() -> None:
+    swa = averaged(stage_of(dist.get_rank()))
+    expected = pytest.raises(ValueError, match="needs batches") if dist.get_rank() == 0 else contextlib.nullcontext()
+    with expected:
+        swa.finalize()
+
+
+@pytest.mark.parametrize("is_ddp", [False, True])
+@on_ranks(4, timeout_s=HANG_S)
+def test_the_ranks_of_a_stage_recalibrate_in_their_own_group(is_ddp: bool) -> None:
+    stage, replica = divmod(dist.get_rank(), 2)
+    group: Any = [dist.new_group(members) for members in ([0, 1], [2, 3])][stage]
+    model = stage_of(stage)
+    batches = [batches_of(1 + rank, seed=rank) for rank in range(2)]
+    swa = averaged(DistributedDataParallel(model, process_group=group) if is_ddp else model)
+    swa.finalize(batches[replica], process_group=None if is_ddp else group)
+    if stage == 0:
+        inputs = [model[0](batch) for batch in itertools.chain(*batches)]
+        assert has_statistics_of(model[1], inputs)
