@@ -16,7 +16,7 @@ from dist_swa.averaging.average import ShardedAverage
 from dist_swa.averaging.averages import checked_name, named_rules
 from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
-from dist_swa.batch_norm.frozen import FrozenLayers
+from dist_swa.batch_norm.frozen import FrozenLayers, skipping
 from dist_swa.lr_phase import LRPhase, SwaLr
 from dist_swa.schedule import Decision, Progress, Schedule
 from dist_swa.sharding.fqn import NamePattern
@@ -73,7 +73,7 @@ class SWA:
         skip_nonfinite: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        buffers: str = "copy",
+        buffers: NamePattern = "copy",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules = named_rules(rule)
@@ -149,14 +149,14 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        Call it on every rank: it is a collective under DDP, and where it recalibrates. `batches` and `options` are
-        those of `recalibrate_batch_norm`; a model without BatchNorm needs none of them. Layers that were frozen at the
-        last update in training mode keep their statistics. Memory: as `swapped_in`.
+        Call it on every rank: it is a collective under DDP, and with `batches`. `batches` and `options` are those of
+        `recalibrate_batch_norm`. A model without BatchNorm needs none of them, and without `batches` averaged
+        statistics are kept (see `buffers`). Layers that were frozen at the last update in training mode keep their
+        statistics. Memory: as `swapped_in`.
 
         With nothing averaged it warns, with the reason, and the model keeps its trained weights. It also warns where
-        the schedule reads epochs and none was counted. Raises ValueError for a model with BatchNorm without `batches`
-        (with ``buffers="average"`` it then keeps the averaged statistics), and what `recalibrate_batch_norm` raises.
-        Nothing has changed after an error.
+        the schedule reads epochs and none was counted. Raises ValueError for a model with other BatchNorm layers
+        without `batches`, and what `recalibrate_batch_norm` raises. Nothing has changed after an error.
         """
         self.average.check_replicas()
         if self.num_averaged == 0:
@@ -171,8 +171,9 @@ class SWA:
         if not self._is_average_finite():
             return
         with self.swapped_in():  # the statistics become the average's, and nothing has changed if this fails
-            if batches is not None or not self.average.averages_buffers:
-                self._frozen.recalibrate(batches, **options)
+            if batches is None:  # averaged statistics need none
+                options = skipping(self.average.averages_statistics, options)
+            self._frozen.recalibrate(batches, **options)
         self.average.transfer(self._transferred)
         self.schedule.completed = True
         self._lr_phase.end()

@@ -400,6 +400,20 @@ def test_finalize_keeps_averaged_statistics_or_recalibrates_them() -> None:
     torch.testing.assert_close(norm.running_mean, DATA.mean(0))
 
 
+def test_finalize_without_batches_needs_the_statistics_of_all_layers_to_be_averaged() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    swa = SWA(model, swa_start="1ba", buffers=["0.*"])
+    swa.step()
+    assert [swa.average.averages_statistics(name) for name in ("", "0", "1")] == [False, True, False]
+    with pytest.raises(ValueError, match="needs batches"):
+        swa.finalize()
+    model[0].get_buffer("running_mean").fill_(3)
+    swa.finalize([DATA], skip=swa.average.averages_statistics)
+    assert model[0].get_buffer("running_mean").eq(0).all()
+    assert not model[1].get_buffer("running_mean").eq(0).any()
+    swa.finalize(skip="1")
+
+
 def steps_with_nan(swa: SWA, model: nn.Linear, bad: set[int], num_steps: int, first: int = 1) -> list[int]:
     updated = []
     for step in range(first, first + num_steps):

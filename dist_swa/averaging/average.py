@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_swa.averaging.averages import Averages, named_rules
+from dist_swa.averaging.buffers import buffer_filter
 from dist_swa.averaging.checks import check_counts, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
-from dist_swa.sharding.fqn import NamePattern
+from dist_swa.sharding.fqn import NamePattern, clean_name
 from dist_swa.sharding.model import ModelShards
 from dist_swa.sharding.shard import LocalShard, checkpoint_view
 
@@ -38,13 +39,14 @@ class ShardedAverage:
         dtype: of the average. With a dtype below float32 small updates are lost: an EMA in bfloat16 never moves.
         device: of the average; default: that of the parameters.
         buffers: "copy": the average has the buffers that the model had at the last update. "average": floating buffers
-            are averaged by the same rule, others are copied. A buffer that is added later, or changes its shape, is
-            averaged from then on.
+            are averaged by the same rule. The others are copied, and so are the vectors of spectral normalisation. Or
+            the names of the floating buffers that are averaged, as for `parameters`. A buffer that is added later, or
+            changes its shape, is averaged from then on.
         process_group: the ranks that hold the same weights as this one, for a plain module.
 
     Memory per rank: the local shards in `dtype`, once for each average and slot of its rule (under DDP 1/world of it).
-    A copy of the buffers for each average, and with "average" another one per slot in `dtype`. 1 MiB where `dtype` or
-    `device` is not that of the parameters. Raises ValueError or TypeError, on every rank alike, for arguments and
+    A copy of the buffers for each average, and of averaged ones another copy per slot in `dtype`. 1 MiB where `dtype`
+    or `device` is not that of the parameters. Raises ValueError or TypeError, on every rank alike, for arguments and
     models that cannot be averaged.
     """
 
@@ -56,15 +58,16 @@ class ShardedAverage:
         parameters: NamePattern | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        buffers: str = "copy",
+        buffers: NamePattern = "copy",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules = named_rules(rule)
-        check_storage(dtype, device, buffers)
+        check_storage(dtype, device)
         self.rule = rule
-        self.averages_buffers = buffers == "average"
         self._shards = ModelShards(model, process_group, parameters)
-        self._averages = Averages(rules, self._shards, dtype, device, self.averages_buffers)
+        parameters_found = [*self._shards.averaged, *self._shards.others]
+        is_averaged = buffer_filter(buffers, self._shards.buffers, parameters_found)
+        self._averages = Averages(rules, self._shards, dtype, device, is_averaged)
         self._swapped_in: AverageState | None = None
 
     def __repr__(self) -> str:
@@ -147,6 +150,14 @@ class ShardedAverage:
     def is_finite(self, name: str | None = None) -> bool:
         """As `is_model_finite`, of the average."""
         return self._shards.are_finite(self._averages.get("is_finite", name).tensors())
+
+    def averages_statistics(self, layer: str) -> bool:
+        """Whether the running mean and variance of the layer with the FQN `layer` are averaged. Local.
+
+        ``recalibrate_batch_norm(..., skip=average.averages_statistics)`` keeps the averaged statistics.
+        """
+        averaged = {name for shard in self._averages.averaged_buffers() for name in shard.names}
+        return {clean_name(f"{layer}.{buffer}") for buffer in ("running_mean", "running_var")} <= averaged
 
     def check_ranks(self, process_group: dist.ProcessGroup | None = None, *, with_others: bool = False) -> None:
         """Raise on every rank unless the ranks of `process_group` (default: all) averaged one model. A collective.

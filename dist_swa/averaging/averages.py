@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,10 @@ class Averages:
         shards: ModelShards,
         dtype: torch.dtype,
         device: torch.device | str | None,
-        averages_buffers: bool,
+        is_averaged: Callable[[LocalShard], bool],
     ) -> None:
         self._shards = shards
-        self._states = {
-            name: AverageState(rule, shards, dtype, device, averages_buffers) for name, rule in rules.items()
-        }
+        self._states = {name: AverageState(rule, shards, dtype, device, is_averaged) for name, rule in rules.items()}
         self._planned: list[LocalShard] = []
         self._plan_updates()
 
@@ -56,8 +54,10 @@ class Averages:
 
     def averaged_shards(self) -> list[LocalShard]:
         """Return the shards of what is averaged: parameters, and buffers where they are averaged."""
-        (state, *_) = self._states.values()
-        return [*self._shards.averaged, *state.averaged_buffers()]
+        return [*self._shards.averaged, *self.averaged_buffers()]
+
+    def averaged_buffers(self) -> list[LocalShard]:
+        return next(iter(self._states.values())).averaged_buffers()
 
     def plain_fingerprints(self, with_others: bool) -> dict[str, int]:
         """Return a hash of each plain parameter's averages and, `with_others`, of those that are not averaged."""

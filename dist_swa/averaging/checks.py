@@ -48,13 +48,11 @@ def check_ranks(
             )
 
 
-def check_storage(dtype: Any, device: Any, buffers: Any) -> None:
-    """Raise TypeError or ValueError unless `dtype`, `device` and `buffers` are valid."""
+def check_storage(dtype: Any, device: Any) -> None:
+    """Raise TypeError or ValueError unless `dtype` and `device` are valid."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
     if device is not None and torch.device(device).type == "meta":
         raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
-    if buffers not in ("copy", "average"):
-        raise ValueError(f"buffers needs to be 'copy' or 'average', got buffers={buffers!r}; 'copy' is the default")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from dist_swa.sharding.shard import LocalShard, checkpoint_view, copy_unless_exp
 class AverageState:
     """The average by one rule: `slots` has a list of local tensors per slot, in the order of the averaged shards.
 
-    `buffers` are those of the average, in the model's dtypes. Where buffers are averaged, `_buffer_slots` has the
-    floating ones in the average's dtype, one dict per slot. Buffers are stored by name, since they may come and go.
+    `buffers` are those of the average, in the model's dtypes. `_buffer_slots` has the floating ones for which
+    `is_averaged` is True in the average's dtype, one dict per slot. Buffers are stored by name, since they may come
+    and go.
     """
 
     def __init__(
@@ -29,13 +30,13 @@ class AverageState:
         shards: ModelShards,
         dtype: torch.dtype,
         device: torch.device | str | None,
-        averages_buffers: bool,
+        is_averaged: Callable[[LocalShard], bool],
     ) -> None:
         self.rule = rule
         self.num_averaged = 0
         self._shards = shards
         self._dtype, self._device = dtype, device
-        self._averages_buffers = averages_buffers
+        self._is_averaged = is_averaged
         self.buffers: dict[str, Tensor] = {}
         self._buffer_slots: list[dict[str, Tensor]] = [{} for _ in range(rule.num_slots)]
         self.slots: list[list[Tensor]] = [[] for _ in range(rule.num_slots)]
@@ -179,13 +180,13 @@ class AverageState:
         """Give the average the buffers that the model has now. An averaged buffer that still fits keeps its average."""
         kept = {shard.name for shard in self._shared_buffers()}
         with torch.inference_mode(False):
-            values = {shard.name: shard.local_tensor for shard in self._shards.buffers}
-            self.buffers = {name: value.clone() for name, value in values.items()}
+            self.buffers = {shard.name: shard.local_tensor.clone() for shard in self._shards.buffers}
+            averaged = {shard.name for shard in self._shards.buffers if self._is_averaged(shard)}
             for i, slot in enumerate(self._buffer_slots):
                 self._buffer_slots[i] = {
                     name: slot[name] if name in kept else self._zeros_like(value).copy_(value)
-                    for name, value in values.items()
-                    if self._averages_buffers and (value.is_floating_point() or value.is_complex())
+                    for name, value in self.buffers.items()
+                    if name in averaged and (value.is_floating_point() or value.is_complex())
                 }
 
     def _shared_buffers(self) -> list[LocalShard]:

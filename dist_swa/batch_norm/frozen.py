@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
-from dist_swa.sharding.fqn import select
+from dist_swa.sharding.fqn import NamePattern, select
 from dist_swa.sharding.wrappers import collective_groups, unwrap
 
 
@@ -26,20 +26,20 @@ class FrozenLayers:
         if unwrap(self._model)[0].training:
             self.names = {name for name, layer in self._layers.items() if not layer.training}
 
-    def recalibrate(self, batches: Iterable[Any] | None, skip: Any = None, **options: Any) -> None:
+    def recalibrate(self, batches: Iterable[Any] | None, **options: Any) -> None:
         """Call `recalibrate_batch_norm` for the other layers. ValueError where it needs `batches`.
 
         Without `batches` a collective of a model that is replicated or sharded, if it has layers. Local otherwise.
         """
-        skip = [self.names.__contains__, *([] if skip is None else [skip])]
+        options = skipping(self.names.__contains__, options)
         if batches is None:
-            if self._layers.keys() <= select(self._layers, skip, "skip"):
+            if self._layers.keys() <= select(self._layers, options["skip"], "skip"):
                 return
             module, ddp = unwrap(self._model)
             if ddp is None and not any(collective_groups(module)):
                 raise _error_without_batches()
             batches = _NoBatches()
-        recalibrate_batch_norm(self._model, batches, skip=skip, **options)
+        recalibrate_batch_norm(self._model, batches, **options)
 
     def saved(self) -> list[bool]:
         """Return, for a checkpoint, whether each layer was frozen."""
@@ -53,6 +53,12 @@ class FrozenLayers:
                 f" num_layers={len(self._layers)}; build the model as it was"
             )
         return {name for name, is_frozen in zip(self._layers, saved, strict=True) if is_frozen}
+
+
+def skipping(layers: NamePattern, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` of `recalibrate_batch_norm` that also skip `layers`."""
+    skip = options.get("skip")
+    return {**options, "skip": [layers, *([] if skip is None else [skip])]}
 
 
 class _NoBatches:

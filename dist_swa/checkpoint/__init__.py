@@ -18,7 +18,7 @@ An average, such as the entry "swa" of ``{"swa": swa}``, has only tensors. Its k
 | `swa.num_others` | int64 | number of parameters that are not averaged: frozen, or not selected |
 | `swa.rule.<class>` | uint8[256] | the rule as text, such as "PowerEMA(sigma_rel=0.05)", padded with zeros |
 | `swa.slots.<i>.<name>` | the average's, the parameter's | a slot; the average is the mean of the first \
-``min(num_averaged, slots)`` slots. With ``buffers="average"`` floating buffers have slots, too |
+``min(num_averaged, slots)`` slots. Averaged buffers have slots, too |
 | `swa.buffers.<name>` | the buffer's | a persistent buffer of the averaged model |
 | `swa.ties.<name>` | uint8 | a JSON list of the other names of a tied parameter or buffer |
 | `swa.schedule.now`, `.first_update`, `.last_update` | int64[4] | batches, samples, tokens, ended epochs; -1: never |

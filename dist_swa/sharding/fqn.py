@@ -30,16 +30,23 @@ def select(names: Collection[str], pattern: NamePattern, argument: str) -> set[s
 
     Raises ValueError for a text that matches no name, and TypeError for a pattern of another type.
     """
-    if isinstance(pattern, str):
-        found = {name for name in names if fnmatchcase(name, pattern)}
-        if not found:
-            some = ", ".join(list(names)[:5])
-            raise ValueError(f"{argument} needs a pattern that a name matches, got {argument}={pattern!r}; as {some}")
-        return found
-    if callable(pattern):
-        return {name for name in names if pattern(name)}
-    if isinstance(pattern, Sequence):
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         return set().union(*(select(names, one, argument) for one in pattern))
+    found = {name for name in names if matches(name, pattern, argument)}
+    if isinstance(pattern, str) and not found:
+        some = ", ".join(list(names)[:5]) or "none"
+        raise ValueError(f"{argument} needs a pattern that a name matches, got {argument}={pattern!r}; as {some}")
+    return found
+
+
+def matches(name: str, pattern: NamePattern, argument: str) -> bool:
+    """Return whether `name` matches `pattern`, the value of the argument named `argument`. TypeError as `select`."""
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    if callable(pattern):
+        return bool(pattern(name))
+    if isinstance(pattern, Sequence):
+        return any(matches(name, one, argument) for one in pattern)
     raise TypeError(
         f"{argument} needs a pattern such as 'head.*', a function of a name, or several, got {argument}={pattern!r};"
         " leave it out"

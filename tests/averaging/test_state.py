@@ -332,3 +332,40 @@ def test_a_checkpoint_has_the_averaged_buffers_of_the_first_rank(
     net.fill(3)
     loaded.update()
     assert loaded.state_dict()["buffers"]["mean"].as_subclass(Tensor).eq(expected).all()
+
+
+def spectral(form: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    forms: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "hooked": nn.utils.spectral_norm,
+        "parametrized": nn.utils.parametrizations.spectral_norm,
+    }
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(forms[form](nn.Linear(4, 3))))
+
+
+def vectors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(("_u", "_v"))}
+
+
+@pytest.mark.parametrize("buffers", ["average", "*_u", ["*running_*", lambda name: name.endswith("_v")]])
+@pytest.mark.parametrize("form", ["hooked", "parametrized"])
+def test_buffers_are_averaged_by_name_and_vectors_of_spectral_norm_only_if_named(form: str, buffers: Any) -> None:
+    model = spectral(form)
+    average = ShardedAverage(model, buffers=buffers)
+    seen = []
+    for seed in range(3):
+        with torch.no_grad():
+            for (_, buffer), (_, value) in zip(
+                model.named_buffers(), spectral(form, seed).named_buffers(), strict=True
+            ):
+                buffer.copy_(value)
+            model.get_buffer("0.running_mean").fill_(seed)
+        average.update()
+        seen.append({name: buffer.double() for name, buffer in model.state_dict().items()})
+    named = {"average": ("running_mean", "running_var"), "*_u": ("_u",)}
+    averaged = named.get(str(buffers), ("running_mean", "running_var", "_v"))
+    last, full = seen[-1], average.full_state_dict()
+    assert len(vectors_of(model)) == 2
+    for name, _ in model.named_buffers():
+        expected = torch.stack([one[name] for one in seen]).mean(0) if name.endswith(averaged) else last[name]
+        torch.testing.assert_close(full[name].double(), expected)
