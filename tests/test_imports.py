@@ -121,7 +121,7 @@ PRIVATE: dict[str, dict[str, int]] = {
     "sharding.find": {
         "_buffers": 3,
         "_flat_param": 1,
-        "_local_tensor": 2,
+        "_local_tensor": 1,
         "_non_persistent_buffers_set": 1,
         "_parameters": 2,
         "_version": 2,
@@ -155,7 +155,8 @@ PRIVATE: dict[str, dict[str, int]] = {
         "_training_state": 5,
         "_unsharded_param": 2,
     },
-    "sharding.shard": {"_dtensor_spec": 2},
+    "sharding.model": {"_save_to_state_dict": 2},
+    "sharding.shard": {"_dtensor_spec": 2, "_local_tensor": 1},
     "sharding.wrappers": {"_buffers": 2, "_orig_mod": 1},
     "storage.metadata": {"_MEM_FORMAT_ENCODING": 1, "_StorageInfo": 1, "_Unpickler": 3, "_get_layout": 1},
 }

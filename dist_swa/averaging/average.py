@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.buffers import buffer_filter
-from dist_swa.averaging.checks import check_counts, check_ranks, check_storage
+from dist_swa.averaging.checks import check_counts, check_only, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
 from dist_swa.sharding.fqn import NamePattern, clean_name
@@ -115,9 +115,11 @@ class ShardedAverage:
 
         Every rank calls it. Entering is a collective under DDP. Leaving is local, also on an error. Buffers that are
         written inside, as by a recalibration, stay with the average. torch's random state, of the CPU and of the
-        model's device, is restored as well. Memory: a copy of the trained weights of this rank, and of the buffers.
-        Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the model
-        has other parameters than the average.
+        model's device, is restored as well. What is taken inside by reference, as by ``model.state_dict()``,
+        `torch.export.export` or `torch.jit.trace`, has the trained weights again when the block ends: copy it inside
+        with `copy.deepcopy`, or take `full_state_dict`. Memory: a copy of the trained weights of this rank, and of the
+        buffers. Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the
+        model has other parameters than the average.
         """
         state = self._checked_state("swapped_in", name)
         with self._preserve_random_state(), self._shards.preserve_state():
@@ -170,23 +172,28 @@ class ShardedAverage:
         check_ranks(self.num_averaged, fingerprints, process_group, self._shards.device)
 
     @torch.no_grad()
-    def full_state_dict(self, name: str | None = None) -> dict[str, Any]:
+    def full_state_dict(self, name: str | None = None, *, only: str | None = None) -> dict[str, Any]:
         """Return copies of the whole averaged tensors on the CPU, on the first rank, and {} on other ranks.
 
         A collective for a model that is sharded or replicated; for a plain module without a group every rank gets the
         dict. It loads into the unwrapped model with ``strict=True``: parameters in the dtype of the average, under all
-        their names if they are tied, and other parameters and persistent buffers in their own dtypes. Memory: one whole
-        parameter at a time on every rank, the whole model on the first. Raises RuntimeError before the first update.
+        their names if they are tied, and other parameters and persistent buffers in their own dtypes. What only a
+        module can give, such as a quantised weight and its scales, is as in its own ``state_dict()``. With
+        ``only="averaged"`` the dict has the averaged parameters only. Memory: one whole parameter at a time on every
+        rank, all of them on the first. Raises RuntimeError before the first update, and ValueError for another `only`.
         """
         full: dict[str, Any] = {}
-        for shard, local in self._averaged_model("full_state_dict", name):
+        for shard, local in self._averaged_model("full_state_dict", name, only):
             whole = shard.full_tensor_of_model() if local is None else shard.full_tensor(local)
             if self._shards.is_first_rank:
                 full |= dict.fromkeys(shard.names, whole.to("cpu", copy=True))
-        return full | self._shards.extra_state() if self._shards.is_first_rank else full
+        if only is None and self._shards.is_first_rank:
+            for key, value in self._shards.extra_state().items():
+                full[key] = value.to("cpu", copy=True) if type(value) is Tensor else value
+        return full
 
     @torch.no_grad()
-    def sharded_state_dict(self, name: str | None = None) -> dict[str, Any]:
+    def sharded_state_dict(self, name: str | None = None, *, only: str | None = None) -> dict[str, Any]:
         """Return the averaged model, sharded, for torch.distributed.checkpoint. Every rank calls it.
 
         Keys and values are those of `full_state_dict`. Parameters are DTensors on the storage of average and model
@@ -194,10 +201,10 @@ class ShardedAverage:
         RuntimeError before the first update.
         """
         state: dict[str, Any] = {}
-        for shard, local in self._averaged_model("sharded_state_dict", name):
+        for shard, local in self._averaged_model("sharded_state_dict", name, only):
             local = shard.local if local is None else local
             state |= dict.fromkeys(shard.names, checkpoint_view(shard, local, self._shards.is_first_rank))
-        return state | self._shards.extra_state()
+        return state if only else state | self._shards.extra_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages for torch.distributed.checkpoint, as tensors on their own storage. Local, without a copy.
@@ -260,18 +267,24 @@ class ShardedAverage:
         if self.num_averaged == 0:
             raise RuntimeError(f"{action} needs an average, got num_averaged=0; call update first")
 
-    def _averaged_model(self, action: str, name: str | None) -> list[tuple[LocalShard, Tensor | None]]:
+    def _averaged_model(
+        self, action: str, name: str | None, only: str | None
+    ) -> list[tuple[LocalShard, Tensor | None]]:
         """Return each parameter and persistent buffer of the averaged model, with this rank's part of the average.
 
         None for a parameter that is not averaged: the model has it.
         """
+        check_only(only)
         state, shards = self._averages.get(action, name), self._shards
         self._require_average(action)
         shards.refresh()
+        averaged = list(zip(shards.averaged, state.averages(), strict=True))
+        if only:
+            return [*averaged]
         buffers = {s.name: s.local_tensor for s in shards.buffers} if self._swapped_in is state else state.buffers
         return [
-            *zip(shards.averaged, state.averages(), strict=True),
-            *((shard, None) for shard in shards.others),
+            *averaged,
+            *((shard, None) for shard in shards.others if not shard.is_opaque),
             *((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
         ]
 

@@ -63,7 +63,7 @@ class Averages:
         """Return a hash of each plain parameter's averages and, `with_others`, of those that are not averaged."""
         slots = [slot for state in self._states.values() for slot in state.slots]
         stored = {shard: [slot[i] for slot in slots] for i, shard in enumerate(self._shards.averaged)}
-        stored |= {shard: [shard.local_tensor] for shard in self._shards.others if with_others}
+        stored |= {shard: shard.plain_tensors() for shard in self._shards.others if with_others}
         hashes = {}
         for shard, tensors in stored.items():
             if shard.layout is None:

@@ -21,6 +21,8 @@ from dist_swa.averaging.average import ShardedAverage
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, checked_cast, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
+from dist_swa.sharding.opaque import is_opaque
+from dist_swa.sharding.shard import LoadOnlyTensor, to_local
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.swa import SWA
 
@@ -33,6 +35,7 @@ def export(
     *,
     key: str | None = None,
     dtype: torch.dtype | None = None,
+    only: str | None = None,
     progress: bool = False,
 ) -> None:
     """Write the averaged model as safetensors for ``load_state_dict(strict=True)`` and transformers.
@@ -50,6 +53,8 @@ def export(
             ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
         dtype: of all floating tensors, buffers included. Default: the dtype of the average for parameters, their own
             for others. Complex tensors keep theirs.
+        only: "averaged" writes the averaged parameters only, as of a LoRA adapter. Quantised weights that are not
+            averaged need it, unless safetensors can hold what their module's ``state_dict()`` has.
         progress: whether the first rank shows a progress bar.
 
     Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
@@ -57,8 +62,9 @@ def export(
     ranks must see one file system.
 
     Raises ValueError if the key is ambiguous (the message lists the keys), a parameter that is not averaged is missing,
-    or a value overflows `dtype`; RuntimeError before the first update; FileExistsError; OSError if the disk is full or
-    read-only; and what `open_checkpoint` raises. Every rank raises the same error, and `out` is not created.
+    safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first update; FileExistsError;
+    OSError if the disk is full or read-only; and what `open_checkpoint` raises. Every rank raises the same error, and
+    `out` is not created.
     """
     out = Path(out)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -66,7 +72,7 @@ def export(
             f"export needs a floating torch.dtype, got dtype={dtype!r}; leave it out, or pass torch.bfloat16"
         )
     if isinstance(source, SWA | ShardedAverage):
-        _export_live(source.average if isinstance(source, SWA) else source, out, key, dtype, progress)
+        _export_live(source.average if isinstance(source, SWA) else source, out, key, dtype, only, progress)
     elif isinstance(source, str | Path):
         _export_stored(source, out, key, dtype, progress)
     else:
@@ -86,7 +92,7 @@ def _export_stored(path: str | Path, out: Path, key: str | None, dtype: torch.dt
 
 
 def _export_live(
-    average: ShardedAverage, out: Path, key: str | None, dtype: torch.dtype | None, progress: bool
+    average: ShardedAverage, out: Path, key: str | None, dtype: torch.dtype | None, only: str | None, progress: bool
 ) -> None:
     """Write the shards of each rank with DCP, then consolidate them.
 
@@ -94,11 +100,12 @@ def _export_live(
     integers.
     """
     group = average.process_group
-    average.check_ranks(group, with_others=True)
+    average.check_ranks(group, with_others=only is None)
     with raise_on_all(group):
-        state = average.sharded_state_dict(key)
+        state = average.sharded_state_dict(key, only=only)
     with raise_on_all(group):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        _check_are_plain(tensors)
         files = files_of({n: _converted_spec(Spec(t.shape, t.dtype), dtype) for n, t in tensors.items()}, out)
         _warn_of_skipped(sorted(state.keys() - tensors.keys()))
     with atomic_output(out, group) as partial:
@@ -166,6 +173,15 @@ class _ShardReader:
                 " call it, on a file system that all of them see"
             )
         return full
+
+
+def _check_are_plain(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, LoadOnlyTensor) and is_opaque(tensor):
+            raise ValueError(
+                f"safetensors need plain tensors, got {name}={type(to_local(tensor)).__name__}; pass only='averaged' to"
+                " leave it out, or save its module's state dict with torch.save"
+            )
 
 
 def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:

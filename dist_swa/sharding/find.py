@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_swa.sharding.dtensor import DTensorShard
 from dist_swa.sharding.fqn import clean_name
+from dist_swa.sharding.opaque import OpaqueShard, is_opaque
 from dist_swa.sharding.plain import PlainShard
 from dist_swa.sharding.replicas import ReplicaShard, replica_layout
 from dist_swa.sharding.shard import Layout, LocalShard
@@ -61,9 +62,8 @@ def is_sharded(module: nn.Module, fsdp_modules: Iterable[nn.Module]) -> bool:
 
 def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> tuple[list[Any], ...]:
     """Return a value that differs after a module, parameter, storage or name of a tensor was replaced. Cheap."""
-    # `_local_tensor`: `to_local` makes a view of each parameter, and every update calls this.
     tensors = [(tensor, shard) for shard in parameters if (tensor := shard.owner.get(shard.key)) is not None]
-    storages = [(id(t), getattr(t, "_local_tensor", t).data_ptr(), shard.is_trainable) for t, shard in tensors]
+    storages = [(id(tensor), shard.data_ptr(), shard.is_trainable) for tensor, shard in tensors]
     parts = list(module.modules())
     owners = [owner for part in parts for owner in (part._parameters, part._buffers)]
     keys = [key for owner in owners for key, tensor in owner.items() if tensor is not None]
@@ -78,7 +78,7 @@ def write_marks(shards: Iterable[LocalShard]) -> dict[str, tuple[int, int, int]]
         local = getattr(tensor, "_local_tensor", tensor)
         # A write raises the version of the DTensor or of its local tensor, not of both.
         versions = (0, 0) if tensor.is_inference() else (tensor._version, local._version)
-        marks[shard.name] = (local.data_ptr(), *versions)
+        marks[shard.name] = (shard.data_ptr(), *versions)
     return marks
 
 
@@ -120,6 +120,8 @@ def _shard_of(found: _Found, replica_mesh: DeviceMesh | None) -> LocalShard:
     where = (tuple(names), owner, key, tensor.shape, tensor.stride(), is_persistent)
     if isinstance(tensor, DTensor):
         return DTensorShard(*where, mesh_layout=Layout(tensor.device_mesh, tensor.placements))
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and is_opaque(tensor):
+        return OpaqueShard(*where)
     if replica_mesh is None:
         return PlainShard(*where)
     return ReplicaShard(*where, mesh_layout=replica_layout(tensor.shape, replica_mesh))

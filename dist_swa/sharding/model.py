@@ -33,6 +33,8 @@ from dist_swa.sharding.wrappers import (
     unwrap,
 )
 
+_OWN_STATE = ("get_extra_state", "_save_to_state_dict")  # the methods of a module with a state dict of its own
+
 
 class ModelShards:
     """This rank's shards of a model.
@@ -127,7 +129,8 @@ class ModelShards:
         Under FSDP1, parameters that were flattened with averaged ones are left out: a write to one marks all of them.
         """
         flattened = {id(shard.owner[shard.key]) for shard in self.averaged} if self.others else set()
-        marks = write_marks(shard for shard in self.others if id(shard.owner[shard.key]) not in flattened)
+        others = [shard for shard in self.others if not shard.is_opaque]
+        marks = write_marks(shard for shard in others if id(shard.owner[shard.key]) not in flattened)
         self._written |= {name for name, mark in marks.items() if mark != self._marks.get(name, mark)}
         self._marks = marks
 
@@ -166,12 +169,20 @@ class ModelShards:
                 )
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what modules keep besides tensors (`torch.nn.Module.get_extra_state`), by the key of a state dict."""
-        return {
-            clean_name(f"{name}._extra_state"): module.get_extra_state()
-            for name, module in self.module.named_modules(remove_duplicate=False)
-            if type(module).get_extra_state is not nn.Module.get_extra_state
-        }
+        """Return what only the modules' own state dicts give, by its key.
+
+        That is `torch.nn.Module.get_extra_state`, quantised weights, and what belongs to these, such as their scales.
+        """
+        sharded = [shard for shard in self.others if shard.layout is not None and not shard.is_replica]
+        known = {name for shard in [*self.averaged, *sharded, *self.buffers] for name in shard.names}
+        extra = {name: s.local_tensor for s in self.others if s.is_opaque for name in s.names}
+        for name, module in self.module.named_modules(remove_duplicate=False):
+            if any(getattr(type(module), method) is not getattr(nn.Module, method) for method in _OWN_STATE):
+                own: dict[str, Any] = {}
+                # Private, but made to be overridden: `state_dict` would include children, which FSDP1 gathers.
+                module._save_to_state_dict(own, f"{name}." if name else "", keep_vars=False)
+                extra |= {key: value for stored, value in own.items() if (key := clean_name(stored)) not in known}
+        return extra
 
     def are_finite(self, tensors: Iterable[Tensor]) -> bool:
         """Whether no rank's `tensors` have NaN or inf. One small all-reduce for each axis of the meshes."""

@@ -8,7 +8,8 @@ An average keeps plain local tensors. A `Layout`, a device mesh and placements, 
   ``Shard(0)`` over these ranks. They share the memory and the work (`replicas.py`).
 - FSDP1 shards a flattened parameter, so a rank has a piece of it that is no set of rows. The average is of the same
   piece. Communication turns it into ``Shard(0)`` (`fsdp1.py`).
-- A plain tensor without a group is whole on its rank (`plain.py`).
+- A plain tensor without a group is whole on its rank (`plain.py`). So is a quantised weight, which is never averaged
+  (`opaque.py`).
 
 With a layout, and the shape and stride of the whole tensor, a local tensor becomes a DTensor of the whole parameter in
 a state dict. torch.distributed.checkpoint reshards it for any wrapper and number of ranks.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class LocalShard(ABC):
     stride: tuple[int, ...]
     is_persistent: bool = True
 
+    is_opaque: ClassVar[bool] = False  # whether only its module can copy and write the tensor
+
     @property
     def name(self) -> str:
         return self.names[0]
@@ -70,6 +73,16 @@ class LocalShard(ABC):
     def is_on_first_rank(self) -> bool:
         """Whether this rank is the first of those that have the tensor."""
         return True
+
+    def data_ptr(self) -> int:
+        """Return the address of what this rank has of the tensor. Cheap."""
+        tensor = self.owner[self.key]
+        # `_local_tensor`: `to_local` makes a view of each parameter, and every update calls this.
+        return cast(int, getattr(tensor, "_local_tensor", tensor).data_ptr())
+
+    def plain_tensors(self) -> list[Tensor]:
+        """Return all that this rank has of the tensor, as plain tensors."""
+        return [self.local_tensor]
 
     @property
     def local_tensor(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Evaluating with swapped-in weights never changes parameters, buffers, random state and the next training steps."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -441,3 +442,26 @@ ERRORS_OF_RANK_1: dict[Callable[[], None], str] = {
 def test_an_error_on_one_rank_raises_on_all(action: Callable[[], None]) -> None:
     with pytest.raises((ValueError, RuntimeError), match=ERRORS_OF_RANK_1[action]):
         action()
+
+
+INPUTS = (torch.ones(1, 2),)
+TAKEN: dict[str, Callable[[nn.Module], Any]] = {
+    "state_dict": lambda model: model.state_dict(),
+    "torch.export": lambda model: torch.export.export(model, INPUTS),
+    "jit.trace": lambda model: torch.jit.trace(model, INPUTS),
+}
+
+
+@pytest.mark.parametrize("take", TAKEN)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`isinstance.treespec:FutureWarning")
+def test_what_is_taken_inside_has_the_average_afterwards_if_it_is_copied(take: str) -> None:
+    model = nn.Linear(2, 2)
+    average = ShardedAverage(model)
+    for value in (1.0, 2.0):
+        nn.init.constant_(model.weight, value)
+        average.update()
+    with average.swapped_in():
+        reference = TAKEN[take](model)
+        copied = copy.deepcopy(reference)
+    values = [one if isinstance(one, dict) else dict(one.named_parameters()) for one in (reference, copied)]
+    assert [state["weight"].mean().item() for state in values] == [2.0, 1.5]
