@@ -149,16 +149,17 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        Call it on every rank: it is a collective under DDP, and with `batches`. `batches` and `options` are those of
-        `recalibrate_batch_norm`. A model without BatchNorm needs none of them, and without `batches` averaged
-        statistics are kept (see `buffers`). Layers that were frozen at the last update in training mode keep their
-        statistics. Memory: as `swapped_in`.
+        Call it on every rank: it is a collective of a replicated or sharded model, and with `batches`. `batches` and
+        `options` are those of `recalibrate_batch_norm`. A model without BatchNorm needs none of them, and without
+        `batches` averaged statistics are kept (see `buffers`). Layers that were frozen at the last update in training
+        mode keep their statistics. Memory: as `swapped_in`.
 
         With nothing averaged it warns, with the reason, and the model keeps its trained weights. It also warns where
         the schedule reads epochs and none was counted. Raises ValueError for a model with other BatchNorm layers
-        without `batches`, and what `recalibrate_batch_norm` raises. Nothing has changed after an error.
+        without `batches`, RuntimeError where the ranks averaged other numbers of models, and what
+        `recalibrate_batch_norm` raises. Nothing has changed after an error.
         """
-        self.average.check_replicas()
+        self.average.check_counts()
         if self.num_averaged == 0:
             warnings.warn(
                 f"no model was averaged in {self.schedule.now.batches} steps: {self.schedule.why_no_update()}; the"

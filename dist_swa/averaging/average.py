@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.buffers import buffer_filter
-from dist_swa.averaging.checks import check_counts, check_only, check_ranks, check_storage
+from dist_swa.averaging.checks import check_counts, check_equal, check_only, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
 from dist_swa.sharding.fqn import NamePattern, clean_name
@@ -243,7 +243,13 @@ class ShardedAverage:
                 f"{action} needs the model to have its trained weights, got a call inside swapped_in; leave it first"
             )
 
-    def check_replicas(self) -> None:
+    def check_counts(self) -> None:
+        """Raise on all ranks that share the model where one has averaged other models. A collective of them."""
+        self._check_replicas()
+        highest, lowest = self._shards.all_reduce_max([self.num_averaged, -self.num_averaged])
+        check_equal(-lowest, highest)
+
+    def _check_replicas(self) -> None:
         """Raise on all replicas where one has averaged other models or parameters. A collective of them."""
         if self._shards.group is not None:
             names = [shard.name for shard in self._shards.averaged]
@@ -256,7 +262,7 @@ class ShardedAverage:
             self.require_trained_weights(action)
             self._require_average(action)
             self._shards.refresh()
-        self.check_replicas()
+        self._check_replicas()
         return state
 
     def _refresh(self) -> None:

@@ -21,16 +21,20 @@ def check_counts(
     """
     facts = all_gather((num_averaged, hashlib.sha256(repr(names).encode()).hexdigest()), group, device)
     counts = [count for count, _ in facts]
-    if min(counts) != max(counts):
-        raise RuntimeError(
-            f"averaging needs every rank to have averaged the same number of models, got num_averaged={min(counts)} to"
-            f" {max(counts)}; call update on every rank, also where it has no batch, or reset the average"
-        )
-
+    check_equal(min(counts), max(counts))
     if len({digest for _, digest in facts}) > 1:
         raise ValueError(
             f"averaging needs every rank to average the same parameters, got num_parameters={len(names)} here and other"
             " names elsewhere; freeze and unfreeze them on every rank alike"
+        )
+
+
+def check_equal(lowest: int, highest: int) -> None:
+    """Raise RuntimeError unless these numbers of averaged models are equal."""
+    if lowest != highest:
+        raise RuntimeError(
+            f"averaging needs every rank to have averaged the same number of models, got num_averaged={lowest} to"
+            f" {highest}; call update on every rank, also where it has no batch, or reset the average"
         )
 
 

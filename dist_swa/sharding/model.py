@@ -189,12 +189,16 @@ class ModelShards:
         parts = [torch.view_as_real(part) if part.is_complex() else part for part in tensors if part.numel()]
         largest = torch._foreach_norm(parts, torch.inf) if parts else []
         is_finite = [value.isfinite().to(self.device) for value in largest]
-        num_bad = int(bool(parts) and not torch.stack(is_finite).all())
+        (num_bad,) = self.all_reduce_max([int(bool(parts) and not torch.stack(is_finite).all())])
+        return num_bad == 0
+
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
+        """Return the maximum of each of `values` over the ranks that share the model. A collective of them."""
         meshes = dict.fromkeys(shard.layout.mesh for shard in self.averaged if shard.layout)
         axes = {mesh.get_group(axis): mesh.device_type for mesh in meshes for axis in range(mesh.ndim)}
         for group, device_type in axes.items():
-            (num_bad,) = all_reduce_max([num_bad], group, torch.device(device_type))
-        return num_bad == 0
+            values = all_reduce_max(values, group, torch.device(device_type))
+        return list(values)
 
     @property
     def device(self) -> torch.device:

@@ -43,7 +43,10 @@ def run_in_which_rank_1_misses_an_update(wrapper: str, first: int) -> SWA:
     return swa
 
 
-@pytest.mark.parametrize(("wrapper", "use"), [*(("ddp", use) for use in USES), ("fsdp2", "save"), ("fsdp2", "export")])
+SHARED_USES = [*(("ddp", use) for use in USES), *(("fsdp2", use) for use in ("save", "export", "finalize"))]
+
+
+@pytest.mark.parametrize(("wrapper", "use"), [*SHARED_USES, ("fsdp1", "finalize"), ("tp", "finalize")])
 @on_ranks(2, timeout_s=30.0)
 def test_a_missed_update_raises_on_every_rank_and_names_both_numbers(wrapper: str, use: str, tmp_path: Path) -> None:
     swa = run_in_which_rank_1_misses_an_update(wrapper, first=1)
@@ -52,10 +55,13 @@ def test_a_missed_update_raises_on_every_rank_and_names_both_numbers(wrapper: st
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("use", ["swapped_in", "transfer", "finalize"])
+@pytest.mark.parametrize(
+    ("wrapper", "use"),
+    [("ddp", "swapped_in"), ("ddp", "transfer"), *((one, "finalize") for one in ("ddp", "fsdp1", "fsdp2", "tp"))],
+)
 @on_ranks(2, timeout_s=30.0)
-def test_a_replica_without_any_update_raises_on_every_rank(use: str, tmp_path: Path) -> None:
-    swa = SWA(wrap(build(), "ddp"), swa_start="1ba")
+def test_a_rank_without_any_update_raises_on_every_rank(wrapper: str, use: str, tmp_path: Path) -> None:
+    swa = SWA(wrap(build(), wrapper), swa_start="1ba")
     if dist.get_rank() == 0:
         swa.step()
     with pytest.raises(RuntimeError, match="got num_averaged=0"):
