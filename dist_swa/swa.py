@@ -51,6 +51,10 @@ class SWA:
 
     Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is. The
     method is that of arXiv:1803.05407, section 3.
+
+    Warns once, as soon as it can be known: that `swa_start` comes too late for `max_duration` (here or in the first
+    `step`), that `max_duration` is over (in a later `step`), and that the schedule reads epochs which nobody has
+    counted (in the first `step` from a `swa_start` above 0 on; `steps_per_epoch` is the remedy).
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class SWA:
             steps_per_epoch=steps_per_epoch,
             rule_units=[unit for one in rules.values() if (unit := one.unit)],
         )
+        for message in self.schedule.unmet():
+            warnings.warn(message, stacklevel=2)
         self._lr_phase = LRPhase(optimizer, schedule_swa_lr, swa_lr, anneal_strategy, anneal_steps)
         self.average = ShardedAverage(
             model,
@@ -132,7 +138,15 @@ class SWA:
         they are missing, and RuntimeError inside `swapped_in`.
         """
         self.average.require_trained_weights("step")
-        return self._advance(lambda: self.schedule.step(samples=samples, tokens=tokens))
+
+        def count() -> Decision:
+            before = self.schedule.now
+            decision = self.schedule.step(samples=samples, tokens=tokens)
+            for message in self.schedule.unmet(before):
+                warnings.warn(message, stacklevel=4)
+            return decision
+
+        return self._advance(count)
 
     def end_epoch(self) -> bool:
         """Count one epoch, after its last `step`, where `steps_per_epoch` was not given. True if it updated.
