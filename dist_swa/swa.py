@@ -18,7 +18,7 @@ from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.batch_norm.frozen import FrozenLayers
 from dist_swa.lr_phase import LRPhase, SwaLr
-from dist_swa.schedule import Decision, Progress, Schedule
+from dist_swa.schedule import UNITS, Decision, Progress, Schedule
 from dist_swa.sharding.fqn import NamePattern
 
 
@@ -191,13 +191,30 @@ class SWA:
         self.schedule.completed = True
         self._lr_phase.end()
 
-    def reset(self, *, batches: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
-        """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`."""
+    def reset(self, *, batches: int = 0, epochs: int | None = None, samples: int = 0, tokens: int = 0) -> None:
+        """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`.
+
+        `epochs` follows from `batches` where `steps_per_epoch` was given, and is 0 by default otherwise.
+        """
         self.average.reset()
+        if epochs is None:
+            epochs = batches // (self.schedule.steps_per_epoch or batches + 1)
         self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
         self._lr_phase.reset()
         self._frozen.names = set()
         self.num_skipped = 0
+
+    def reset_to(self, position: Mapping[str, int]) -> str:
+        """`reset` with what is known of `position`, the arguments of `reset`; return a text that says so."""
+        self.reset(**position)
+        text = f"the schedule starts at step {self.schedule.now.batches}"
+        read = {"batches", *(UNITS[unit] for unit in self.schedule.units)}
+        if self.schedule.steps_per_epoch is not None:
+            read.discard("epochs")
+        if read <= position.keys():
+            return text
+        arguments = ", ".join(f"{name}={position.get(name, '...')}" for name in sorted(read))
+        return f"{text}; if training has done more, call swa.reset({arguments})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the position in the schedule. Local; RuntimeError inside `swapped_in`."""
@@ -230,9 +247,9 @@ class SWA:
         """See `ShardedAverage.check_ranks`."""
         self.average.check_ranks(process_group)
 
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
+    def check_saved(self, saved: Mapping[str, Any]) -> set[str]:
         """See `ShardedAverage.check_saved`; the schedule of any run fits."""
-        self.average.check_saved(saved)
+        return self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:
         """Call `count`, and do what the schedule decides. After an error nothing is counted."""

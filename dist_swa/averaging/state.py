@@ -130,13 +130,21 @@ class AverageState:
                     " do not have; build them as they were"
                 )
 
+    def optional_keys(self) -> set[str]:
+        """Return the keys of `state_dict` that `load` does not need: those of buffers that are not averaged."""
+        averaged = self._buffer_slots[0]
+        copied = [shard.name for shard in self._persistent_buffers() if shard.name not in averaged]
+        return {f"{part}.{name}" for name in copied for part in ("buffers", "ties")}
+
     def local_tensors_of(self, state: Mapping[str, Any]) -> list[Tensor]:
         """Return this rank's part of each tensor in `state`, for `load`; ValueError where `state` does not fit."""
         check_header(state, self.rule)
         parts: list[Tensor] = []
         for i in range(len(self.slots)):
             parts += local_tensors(state["slots"][str(i)], self._stored_shards(i))
-        parts += local_tensors(state["buffers"], self._persistent_buffers())
+        buffers = self._buffers_in(state)
+        saved = {name: value for name, value in state["buffers"].items() if any(name == one.name for one in buffers)}
+        parts += local_tensors(saved, buffers)
         num_parameters = int(state["num_parameters"])
         if num_parameters != len(self._shards.averaged):  # DCP does not read what the state dict has no key for
             raise ValueError(
@@ -148,9 +156,13 @@ class AverageState:
     def load(self, state: Mapping[str, Any], parts: Sequence[Tensor]) -> None:
         """Copy `parts`, which `local_tensors_of` returned for `state`, into the average."""
         targets = [tensor for i in range(len(self.slots)) for tensor in self._stored(i)]
-        targets += [self.buffers[shard.name] for shard in self._persistent_buffers()]
+        buffers = self._buffers_in(state)
+        targets += [self.buffers[shard.name] for shard in buffers]
         for target, part in zip(targets, parts, strict=True):
             target.copy_(part)
+        for shard in self._persistent_buffers():
+            if shard not in buffers:
+                self.buffers[shard.name].copy_(shard.local_tensor)
         self.num_averaged = int(state["num_averaged"])
 
     def _stored_shards(self, slot: int) -> list[LocalShard]:
@@ -197,6 +209,11 @@ class AverageState:
             and shard.owner.get(shard.key) is not None
             and shard.local_tensor.shape == self.buffers[shard.name].shape
         ]
+
+    def _buffers_in(self, state: Mapping[str, Any]) -> list[LocalShard]:
+        """Return the buffers to load: those in `state`, and those that need to be there."""
+        names = {*state["buffers"], *self._buffer_slots[0]}
+        return [shard for shard in self._persistent_buffers() if shard.name in names]
 
     def _persistent_buffers(self) -> list[LocalShard]:
         return [shard for shard in self._shards.buffers if shard.is_persistent and shard.name in self.buffers]
