@@ -145,7 +145,7 @@ class Schedule:
         Call it after construction, and with the position `before` after each step.
         """
         found, limit = {}, self.max_duration
-        if limit is not None and self._starts_after(limit, is_certain=before is None):
+        if limit is not None and self.first_update is None and self._starts_after(limit, is_certain=before is None):
             found["start"] = (
                 "averaging never starts: swa_start needs to come before the last update of the run, got swa_start="
                 f"{self.start}, max_duration={limit}, update_interval={self.interval}, steps_per_epoch="
@@ -169,6 +169,7 @@ class Schedule:
 
     def estimate_duration(self, step: int, done: Fraction) -> None:
         """Set `max_duration` to a number of steps of which `step` are the fraction `done`."""
+        self.told.add("start")  # an estimate may be wrong
         self.max_duration = Time(step / done, "ba", f"{float(step / done):g}ba")
 
     def undo_update(self, before: Mapping[str, list[int]]) -> None:

@@ -98,6 +98,13 @@ def test_the_defaults_in_a_run_of_three_epochs_that_nobody_counts_warn_at_the_fi
     assert steps_that_warn(swa, 3, "averaging never starts: swa_start needs to come before the last update") == [1]
 
 
+def test_an_average_that_has_started_does_not_warn_that_it_never_starts() -> None:
+    first, later = swa_with(swa_start="1ba"), swa_with(swa_start="2.5ep", max_duration="3ep")
+    first.step()
+    later.load_state_dict(first.state_dict())
+    later.step()
+
+
 # --- Epochs that nobody counts
 
 NOBODY = "schedule or rule read epochs, and no epoch has ended in {} steps; pass steps_per_epoch=, or call end_epoch()"

@@ -131,10 +131,8 @@ class AverageState:
                 )
 
     def optional_keys(self) -> set[str]:
-        """Return the keys of `state_dict` that `load` does not need: those of buffers that are not averaged."""
-        averaged = self._buffer_slots[0]
-        copied = [shard.name for shard in self._persistent_buffers() if shard.name not in averaged]
-        return {f"{part}.{name}" for name in copied for part in ("buffers", "ties")}
+        """Return the keys of `state_dict` that `load` does not need: of buffers. Averaged ones also have slots."""
+        return {f"{part}.{shard.name}" for shard in self._persistent_buffers() for part in ("buffers", "ties")}
 
     def local_tensors_of(self, state: Mapping[str, Any]) -> list[Tensor]:
         """Return this rank's part of each tensor in `state`, for `load`; ValueError where `state` does not fit."""
@@ -143,8 +141,7 @@ class AverageState:
         for i in range(len(self.slots)):
             parts += local_tensors(state["slots"][str(i)], self._stored_shards(i))
         buffers = self._buffers_in(state)
-        saved = {name: value for name, value in state["buffers"].items() if any(name == one.name for one in buffers)}
-        parts += local_tensors(saved, buffers)
+        parts += local_tensors({shard.name: state["buffers"][shard.name] for shard in buffers}, buffers)
         num_parameters = int(state["num_parameters"])
         if num_parameters != len(self._shards.averaged):  # DCP does not read what the state dict has no key for
             raise ValueError(
@@ -211,9 +208,7 @@ class AverageState:
         ]
 
     def _buffers_in(self, state: Mapping[str, Any]) -> list[LocalShard]:
-        """Return the buffers to load: those in `state`, and those that need to be there."""
-        names = {*state["buffers"], *self._buffer_slots[0]}
-        return [shard for shard in self._persistent_buffers() if shard.name in names]
+        return [shard for shard in self._persistent_buffers() if shard.name in state["buffers"]]
 
     def _persistent_buffers(self) -> list[LocalShard]:
         return [shard for shard in self._shards.buffers if shard.is_persistent and shard.name in self.buffers]

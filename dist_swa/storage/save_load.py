@@ -133,16 +133,16 @@ def load(
         dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
     with raise_on_all(process_group):
         texts = [state[key].reset_to(position or {}) for key in missing]
-        if missing:
-            text = "; ".join(
-                [f"{path} has nothing under {missing}: these entries are reset", *dict.fromkeys(filter(None, texts))]
-            )
-            warnings.warn(text, stacklevel=2)
         for key, loaded in states.items():
             if isinstance(state[key], Stateful):
                 state[key].load_state_dict(loaded)
             else:
                 state[key] = loaded
+        if missing:
+            text = "; ".join(
+                [f"{path} has nothing under {missing}: these entries are reset", *dict.fromkeys(filter(None, texts))]
+            )
+            warnings.warn(text, stacklevel=2)
 
 
 def _check_is_dict(state: Any) -> None:

@@ -86,7 +86,8 @@ RUNS = {
     "swa_end": Run(gan, 3, (12, 14, 14, 16, 16, 18, 18), {**HALF, "swa_end": "0.75dur"}),
     "max_duration": Run(Manual, 3, range(5, 13), {**HALF, "max_duration": "10ba"}),
     "steps_per_epoch": Run(last_of_two, 3, (5, 6), {"steps_per_epoch": 2}),
-    "accumulation that changes": Run(Module, 3, (7, 8), accumulation={0: 1, 1: 2}),
+    "accumulation that rises": Run(Module, 3, (7, 8), accumulation={0: 1, 1: 2}),
+    "accumulation that falls": Run(Module, 3, range(5, 10), {"swa_start": "5ba"}, accumulation={0: 4, 1: 1}),
 }
 
 
