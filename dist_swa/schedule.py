@@ -83,6 +83,7 @@ class Schedule:
         self.interval = Time.parse(interval, "update_interval")
         self.steps_per_epoch = steps_per_epoch
         self.rule_units = frozenset(rule_units)
+        self.told: set[str] = set()  # the kinds of warnings that `unmet` has returned, or is not to return
         self._check_arguments()
         self.reset(Progress())
 
@@ -138,6 +139,39 @@ class Schedule:
             return f"swa_start={self.start} was not reached"
         return f"no update was made, got update_interval={self.interval}"
 
+    def unmet(self, before: Progress | None = None) -> list[str]:
+        """Return how the run does not meet the schedule, each way once, as far as it is known now.
+
+        Call it after construction, and with the position `before` after each step.
+        """
+        found, limit = {}, self.max_duration
+        if limit is not None and self.first_update is None and self._starts_after(limit, is_certain=before is None):
+            found["start"] = (
+                "averaging never starts: swa_start needs to come before the last update of the run, got swa_start="
+                f"{self.start}, max_duration={limit}, update_interval={self.interval}, steps_per_epoch="
+                f"{self.steps_per_epoch}; start earlier, or pass steps_per_epoch where only end_epoch() counts epochs"
+            )
+        is_over = before is not None and limit is not None and self._is_reached(limit, before)
+        if is_over and (not self.completed or self.end is not None):  # completed without an end: it was finalized
+            found["max_duration"] = (
+                f"max_duration={limit} was reached before step {self.now.batches}; pass the length of the whole run"
+            )
+        if before is not None and self.epochs_unknown:
+            is_late = not self.started and self.end is not None and self._is_reached(self.end, before)
+            if is_over or is_late or (self.started and self.start.value > 0):
+                found["epochs"] = (
+                    f"schedule or rule read epochs, and no epoch has ended in {self.now.batches} steps; pass"
+                    " steps_per_epoch=, or call end_epoch() after each epoch"
+                )
+        new = {kind: text for kind, text in found.items() if kind not in self.told}
+        self.told |= new.keys()
+        return list(new.values())
+
+    def estimate_duration(self, step: int, done: Fraction) -> None:
+        """Set `max_duration` to a number of steps of which `step` are the fraction `done`."""
+        self.told.add("start")  # an estimate may be wrong
+        self.max_duration = Time(step / done, "ba", f"{float(step / done):g}ba")
+
     def undo_update(self, before: Mapping[str, list[int]]) -> None:
         """Undo the update of the last check. `before` is the state before it. The update is due at the next check."""
         self.first_update, self.last_update = _update_at(before["first_update"]), _update_at(before["last_update"])
@@ -164,10 +198,23 @@ class Schedule:
     @property
     def started(self) -> bool:
         """Whether `start` has been reached."""
-        return self._at(self.now, self.start.unit) >= self.start.value
+        return self._is_reached(self.start, self.now)
 
     def _is_over(self) -> bool:
-        return self.end is not None and self._at(self.now, self.end.unit) >= self.end.value
+        return self.end is not None and self._is_reached(self.end, self.now)
+
+    def _is_reached(self, time: Time, at: Progress) -> bool:
+        return self._at(at, time.unit) >= time.value
+
+    def _starts_after(self, limit: Time, is_certain: bool) -> bool:
+        """Whether `start` is known to come after `limit`, or (not `is_certain`) after the last check before it."""
+        (start, start_unit), (last, unit) = self._comparable(self.start), self._comparable(limit)
+        epoch = {"ep": 1, "ba": self.steps_per_epoch}.get(unit)
+        if not is_certain and self.interval.unit == "ep" and epoch is not None:
+            last = Fraction(last // epoch * epoch)
+        elif not is_certain and unit == "ep":  # the last epoch counts after its last step
+            last = Fraction(math.ceil(last) - 1)
+        return start_unit == unit and start > last
 
     def _check(self) -> Decision:
         if self.completed or not self.started:

@@ -18,7 +18,7 @@ from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.batch_norm.frozen import FrozenLayers, skipping
 from dist_swa.lr_phase import LRPhase, SwaLr
-from dist_swa.schedule import Decision, Progress, Schedule
+from dist_swa.schedule import UNITS, Decision, Progress, Schedule
 from dist_swa.sharding.fqn import NamePattern
 
 
@@ -51,6 +51,10 @@ class SWA:
 
     Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is. The
     method is that of arXiv:1803.05407, section 3.
+
+    Warns once, as soon as it can be known: that `swa_start` comes too late for `max_duration` (here or in the first
+    `step`), that `max_duration` is over (in a later `step`), and that the schedule reads epochs which nobody has
+    counted (in the first `step` from a `swa_start` above 0 on; `steps_per_epoch` is the remedy).
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class SWA:
             steps_per_epoch=steps_per_epoch,
             rule_units=[unit for one in rules.values() if (unit := one.unit)],
         )
+        for message in self.schedule.unmet():
+            warnings.warn(message, stacklevel=2)
         self._lr_phase = LRPhase(optimizer, schedule_swa_lr, swa_lr, anneal_strategy, anneal_steps)
         self.average = ShardedAverage(
             model,
@@ -132,7 +138,15 @@ class SWA:
         they are missing, and RuntimeError inside `swapped_in`.
         """
         self.average.require_trained_weights("step")
-        return self._advance(lambda: self.schedule.step(samples=samples, tokens=tokens))
+
+        def count() -> Decision:
+            before = self.schedule.now
+            decision = self.schedule.step(samples=samples, tokens=tokens)
+            for message in self.schedule.unmet(before):
+                warnings.warn(message, stacklevel=4)
+            return decision
+
+        return self._advance(count)
 
     def end_epoch(self) -> bool:
         """Count one epoch, after its last `step`, where `steps_per_epoch` was not given. True if it updated.
@@ -179,13 +193,30 @@ class SWA:
         self.schedule.completed = True
         self._lr_phase.end()
 
-    def reset(self, *, batches: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
-        """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`."""
+    def reset(self, *, batches: int = 0, epochs: int | None = None, samples: int = 0, tokens: int = 0) -> None:
+        """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`.
+
+        `epochs` follows from `batches` where `steps_per_epoch` was given, and is 0 by default otherwise.
+        """
         self.average.reset()
+        if epochs is None:
+            epochs = batches // (self.schedule.steps_per_epoch or batches + 1)
         self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
         self._lr_phase.reset()
         self._frozen.names = set()
         self.num_skipped = 0
+
+    def reset_to(self, position: Mapping[str, int]) -> str:
+        """`reset` with what is known of `position`, the arguments of `reset`; return a text that says so."""
+        self.reset(**position)
+        text = f"the schedule starts at step {self.schedule.now.batches}"
+        read = {"batches", *(UNITS[unit] for unit in self.schedule.units)}
+        if self.schedule.steps_per_epoch is not None:
+            read.discard("epochs")
+        if read <= position.keys():
+            return text
+        arguments = ", ".join(f"{name}={position.get(name, '...')}" for name in sorted(read))
+        return f"{text}; if training has done more, call swa.reset({arguments})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the position in the schedule. Local; RuntimeError inside `swapped_in`."""
@@ -218,9 +249,9 @@ class SWA:
         """See `ShardedAverage.check_ranks`."""
         self.average.check_ranks(process_group)
 
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
+    def check_saved(self, saved: Mapping[str, Any]) -> set[str]:
         """See `ShardedAverage.check_saved`; the schedule of any run fits."""
-        self.average.check_saved(saved)
+        return self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:
         """Call `count`, and do what the schedule decides. After an error nothing is counted."""

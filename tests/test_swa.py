@@ -171,7 +171,7 @@ def test_nothing_averaged_warns_once_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"swa_start": "1ba", "update_interval": "1ep"}, {"swa_start": "0.1dur", "max_duration": "9ep"}]
+    "options", [{"swa_start": "0ba", "update_interval": "1ep"}, {"swa_start": "0.1dur", "max_duration": "9ep"}]
 )
 def test_finalize_warns_where_nobody_counted_epochs(options: dict[str, Any]) -> None:
     model = linear()

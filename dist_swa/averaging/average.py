@@ -109,6 +109,11 @@ class ShardedAverage:
         self.require_trained_weights("reset")
         self._averages.reset()
 
+    def reset_to(self, position: Mapping[str, int]) -> str:
+        """`reset`, for `checkpoint.load`: an average has no `position` in the run, and nothing to say about it."""
+        self.reset()
+        return ""
+
     @contextmanager
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
         """Put the averaged weights and buffers into the model inside the ``with``, and restore its own on exit.
@@ -224,17 +229,21 @@ class ShardedAverage:
         Every rank calls it. Local, except under FSDP1. The rule stays that of the constructor: other parameters of the
         same class give one warning; another class, and a `Window` of another size, raise ValueError. ValueError, too,
         for a newer format, and for a model with other parameters (it names the first). RuntimeError inside
-        `swapped_in`. Nothing has changed after an error.
+        `swapped_in`. Nothing has changed after an error. Where buffers are copied, a buffer that the model does not
+        have is ignored, and one that `state_dict` does not have gets the model's current value.
         """
         self.require_trained_weights("load_state_dict")
         self._refresh()
         self._averages.load_state_dict(state_dict)
 
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise what `load_state_dict` would raise for `saved`, whose values are read on access. Local."""
+    def check_saved(self, saved: Mapping[str, Any]) -> set[str]:
+        """Raise what `load_state_dict` would raise for `saved`, whose values are read on access. Local.
+
+        Returns the keys of `state_dict` that `load_state_dict` does not need: buffers that are copied from the model.
+        """
         self.require_trained_weights("load")
         self._refresh()
-        self._averages.check_saved(saved)
+        return self._averages.check_saved(saved)
 
     def require_trained_weights(self, action: str) -> None:
         """Raise RuntimeError where `action` was called inside `swapped_in`."""

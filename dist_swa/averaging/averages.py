@@ -129,11 +129,14 @@ class Averages:
         for name, state in self._states.items():
             state.load(saved[name], parts[name])
 
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError where `saved`, by its keys and format version, does not fit."""
+    def check_saved(self, saved: Mapping[str, Any]) -> set[str]:
+        """Raise ValueError where `saved`, by its keys and format version, does not fit; return keys it may lack."""
+        optional: set[str] = set()
         for name, state in self._states.items():
             prefix = f"{name}." if name else ""
             state.check_saved({key.removeprefix(prefix): key for key in saved if key.startswith(prefix)}, saved)
+            optional |= {prefix + key for key in state.optional_keys()}
+        return optional
 
     def _plan_updates(self) -> None:
         """Group shards and averages for `lerp`, where `ModelShards` has other ones than before."""

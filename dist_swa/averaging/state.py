@@ -131,13 +131,18 @@ class AverageState:
                     " do not have; build them as they were"
                 )
 
+    def optional_keys(self) -> set[str]:
+        """Return the keys of `state_dict` that `load` does not need: of buffers. Averaged ones also have slots."""
+        return {f"{part}.{shard.name}" for shard in self._persistent_buffers() for part in ("buffers", "ties")}
+
     def local_tensors_of(self, state: Mapping[str, Any]) -> list[Tensor]:
         """Return this rank's part of each tensor in `state`, for `load`; ValueError where `state` does not fit."""
         check_header(state, self.rule)
         parts: list[Tensor] = []
         for i in range(len(self.slots)):
             parts += local_tensors(state["slots"][str(i)], self._stored_shards(i))
-        parts += local_tensors(state["buffers"], self._persistent_buffers())
+        buffers = self._buffers_in(state)
+        parts += local_tensors({shard.name: state["buffers"][shard.name] for shard in buffers}, buffers)
         num_parameters = int(state["num_parameters"])
         if num_parameters != len(self._shards.averaged):  # DCP does not read what the state dict has no key for
             raise ValueError(
@@ -149,9 +154,13 @@ class AverageState:
     def load(self, state: Mapping[str, Any], parts: Sequence[Tensor]) -> None:
         """Copy `parts`, which `local_tensors_of` returned for `state`, into the average."""
         targets = [tensor for i in range(len(self.slots)) for tensor in self._stored(i)]
-        targets += [self.buffers[shard.name] for shard in self._persistent_buffers()]
+        buffers = self._buffers_in(state)
+        targets += [self.buffers[shard.name] for shard in buffers]
         for target, part in zip(targets, parts, strict=True):
             target.copy_(part)
+        for shard in self._persistent_buffers():
+            if shard not in buffers:
+                self.buffers[shard.name].copy_(shard.local_tensor)
         self.num_averaged = int(state["num_averaged"])
 
     def _stored_shards(self, slot: int) -> list[LocalShard]:
@@ -198,6 +207,9 @@ class AverageState:
             and shard.owner.get(shard.key) is not None
             and shard.local_tensor.shape == self.buffers[shard.name].shape
         ]
+
+    def _buffers_in(self, state: Mapping[str, Any]) -> list[LocalShard]:
+        return [shard for shard in self._persistent_buffers() if shard.name in state["buffers"]]
 
     def _persistent_buffers(self) -> list[LocalShard]:
         return [shard for shard in self._shards.buffers if shard.is_persistent and shard.name in self.buffers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,14 @@ class AcceleratedSWA(SWA):
         self.accelerator.wait_for_everyone()
         checkpoint.save({"swa": self}, folder)
 
-    def load(self, folder: Path) -> bool:
-        """Load what `save` saved. A collective. If `folder` is missing: one warning, `reset`, and False."""
+    def load(self, folder: Path, position: Mapping[str, int] | None = None) -> bool:
+        """Load what `save` saved. A collective. Without `folder`: one warning, `reset` to `position`, and False."""
         (exists,) = broadcast_object_list([folder.exists()])
         if exists:
             checkpoint.load({"swa": self}, folder)
         else:
-            warnings.warn(f"{folder} does not exist: averaging starts anew", stacklevel=2)
-            self.reset()
+            start = self.reset_to(position or {})
+            warnings.warn(f"{folder} does not exist: averaging starts anew; {start}", stacklevel=2)
         self._steps.clear()
         return bool(exists)
 
@@ -130,7 +130,8 @@ def prepare_swa(
     Args:
         num_processes: how many processes the launch is meant to run. Some launches silently run one.
         name: the folder of the average in each checkpoint. Several averages of an accelerator need different names.
-            If a checkpoint does not have the folder, one warning says so, and averaging starts anew from step 0.
+            If a checkpoint does not have the folder, one warning says so, and averaging starts anew from step 0;
+            call ``swa.reset(batches=...)`` with the steps made so far.
         options: arguments of `SWA`.
 
     Memory, and when it is a collective: as `SWA`. Raises ValueError for a model or optimizer that was not prepared,

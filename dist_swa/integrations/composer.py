@@ -130,12 +130,14 @@ class SWA(Algorithm):  # type: ignore[misc]
             )
         optimizer = state.optimizers[0] if len(state.optimizers) == 1 else None
         swa = dist_swa.SWA(state.model, optimizer, max_duration=str(state.max_duration), **self._options)
+        swa.schedule.told |= {"epochs", "max_duration"}  # the Trainer ends each epoch; a further fit is longer
         if self._saved:
             load_full_state_dict(swa, self._saved)
         elif state.load_path is not None:
-            warnings.warn(f"{state.load_path} has no averaging state: averaging starts anew", stacklevel=2)
             now = state.timestamp
-            swa.reset(batches=int(now.batch), epochs=int(now.epoch), samples=int(now.sample), tokens=int(now.token))
+            position = {"batches": now.batch, "epochs": now.epoch, "samples": now.sample, "tokens": now.token}
+            start = swa.reset_to({name: int(time) for name, time in position.items()})
+            warnings.warn(f"{state.load_path} has no averaging state: averaging starts anew; {start}", stacklevel=2)
         self._saved = None
         return swa
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +64,8 @@ class SWACallback(Callback):
             ``forward`` does not take the first element of a batch.
         options: options of `SWA`. `max_duration` and `steps_per_epoch` default to those of the Trainer. If the number
             of steps per epoch is unknown or changes (manual optimization, loaders without a length, a
-            GradientAccumulationScheduler), an epoch counts when it ends. Schedules in samples or tokens raise.
+            GradientAccumulationScheduler), an epoch counts when it ends, and "dur" is the part of the batches that
+            ``max_epochs`` allows, or of ``max_steps`` if that is larger. Schedules in samples or tokens raise.
 
     When ``fit`` starts, raises RuntimeError for a second `SWACallback`, ValueError for any other strategy, and what
     `SWA` raises.
@@ -79,6 +81,7 @@ class SWACallback(Callback):
         self._finalize_options = dict(finalize_options or {})
         self._options = options
         self._num_steps = 0
+        self._estimates_duration = False
         self._swap, self._is_swapped_in = ExitStack(), False
         self._saved: Mapping[str, Any] | None = None
 
@@ -114,32 +117,56 @@ class SWACallback(Callback):
                 stacklevel=2,
             )
         optimizer = optimizers[0] if len(optimizers) == 1 else None
-        self.swa = SWA(model, optimizer, **(_run_length(trainer, pl_module) | self._options))
+        length = _run_length(trainer, pl_module)
+        self.swa = SWA(model, optimizer, **(length | self._options))
+        self.swa.schedule.told.add("epochs")  # they are counted where they end
+        self._estimates_duration = length["steps_per_epoch"] is None and length.keys().isdisjoint(self._options)
+        self._estimate_duration(trainer)
         self._num_steps = trainer.global_step
-        if trainer.ckpt_path is not None:
-            self._resume(self.swa, trainer)
-        if self.swa.schedule.now.batches == 0:  # no average was resumed, but training may have been
-            self.swa.reset(batches=trainer.global_step, epochs=trainer.current_epoch)
+        position = {"batches": trainer.global_step, "epochs": trainer.current_epoch}
+        if trainer.ckpt_path is None:
+            self.swa.reset(**position)  # a Trainer may have trained before
+        else:
+            self._resume(self.swa, Path(str(trainer.ckpt_path)), trainer, position)
 
-    def _resume(self, swa: SWA, trainer: Trainer) -> None:
-        path = Path(str(trainer.ckpt_path))
+    def _resume(self, swa: SWA, path: Path, trainer: Trainer, position: Mapping[str, int]) -> None:
         if path.is_dir():
             part = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* was not written by dist_swa.checkpoint")  # Lightning wrote it
-                checkpoint.load({f"{part}.{_KEY}": swa}, path)
+                checkpoint.load({f"{part}.{_KEY}": swa}, path, position=position)
         elif self._saved is not None:
             load_full_state_dict(swa, self._saved)
         else:
-            warnings.warn(f"{path} has no averaging state: averaging starts anew", stacklevel=2)
+            start = swa.reset_to(position)
+            warnings.warn(f"{path} has no averaging state: averaging starts anew; {start}", stacklevel=2)
         self._saved = None
+
+    def _estimate_duration(self, trainer: Trainer, later: int = 0, num_steps: int = 1) -> None:
+        """Estimate the steps of the run, where the Trainer knows batches or the limit of steps only.
+
+        The estimate holds for the step before the `later` last ones of the `num_steps` of this batch.
+        """
+        step = trainer.global_step - later
+        num_batches = trainer.num_training_batches * max(0, trainer.max_epochs or 0)
+        if not self._estimates_duration or step == 0:
+            return
+        done = Fraction(max(0, step), trainer.max_steps) if trainer.max_steps > 0 else Fraction(0)
+        if 0 < num_batches < math.inf:
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1 - Fraction(later, num_steps)
+            done = max(done, batches / int(num_batches))
+        if done > 0:
+            cast(SWA, self.swa).schedule.estimate_duration(step, done)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         swa = cast(SWA, self.swa)
-        for _ in range(trainer.global_step - self._num_steps):  # 0 while gradients accumulate
+        num_steps = trainer.global_step - self._num_steps  # 0 while gradients accumulate
+        for later in reversed(range(num_steps)):
+            self._estimate_duration(trainer, later, num_steps)
             swa.step()
         self._num_steps = trainer.global_step
         if swa.schedule.steps_per_epoch is None and trainer.is_last_batch:
+            self._estimate_duration(trainer)
             swa.end_epoch()  # before the validation at the end of the epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,9 +31,9 @@ class SWAMixin(Trainer):
     It runs in one process, under DDP and under FSDP2. By default every optimizer step from `swa_start` on is averaged;
     the Trainer gives the length of the run and of an epoch. Each checkpoint contains the average, in
     ``checkpoint-N/dist_swa``, and ``train(resume_from_checkpoint=...)`` loads it on any number of ranks. If it is
-    missing, one warning says so and averaging starts anew. When training ends, the average replaces the weights of the
-    model, with BatchNorm statistics recalibrated on the training data, so that ``save_model`` saves the average.
-    ``on_train_end`` of all callbacks comes after that.
+    missing, one warning says so, and the schedule starts at the step of the checkpoint. When training ends, the average
+    replaces the weights of the model, with BatchNorm statistics recalibrated on the training data, so that
+    ``save_model`` saves the average. ``on_train_end`` of all callbacks comes after that.
 
     `swa` is the `SWA` of the last call of `train`.
 
@@ -200,8 +200,10 @@ class _SWAEvents(TrainerCallback):
             raise ValueError(
                 f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'"
             )
-        if trainer._swa_checkpoint is not None and not swa.load(Path(trainer._swa_checkpoint, _FOLDER)):
-            swa.reset(batches=state.global_step, epochs=int(state.epoch or 0))
+        swa.schedule.told.add("epochs")  # they are counted where they end
+        if trainer._swa_checkpoint is not None:
+            position = {"batches": state.global_step, "epochs": int(state.epoch or 0)}
+            swa.load(Path(trainer._swa_checkpoint, _FOLDER), position)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step <= state.max_steps:  # resumed at its last step within an epoch, a Trainer makes one more

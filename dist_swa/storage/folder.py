@@ -84,13 +84,14 @@ class CheckpointFolder:
     def load_latest(self, state: dict[str, Any]) -> int | None:
         """Load the newest checkpoint into `state`, as `checkpoint.load` does; return its step, or None without one.
 
+        An `SWA` of which the checkpoint has nothing starts its schedule at this step, with one warning.
         A newest checkpoint that is damaged raises, as `checkpoint.load` does, and the message names the file. To load
         the checkpoint before it, remove its folder.
         """
         self.wait()
         step = self._latest()
         if step is not None:
-            load(state, self._folder_of(step), process_group=self._group)
+            load(state, self._folder_of(step), process_group=self._group, position={"batches": step})
         return step
 
     def steps(self) -> list[int]:

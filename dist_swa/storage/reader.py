@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,12 +184,25 @@ class _VerifyingFileSystem(FileSystem):
 
 
 class LoadPlannerWithoutPickle(DefaultLoadPlanner):
-    """Checks that the checkpoint fits, and reads all values that are not tensors, before any rank writes a tensor."""
+    """Checks that the checkpoint fits, and reads all values that are not tensors, before any rank writes a tensor.
 
-    def __init__(self, reader: CheckpointReader, flatten: bool = True) -> None:
+    Removes keys that are `optional`, and that the checkpoint does not have, from the state dict.
+    """
+
+    def __init__(self, reader: CheckpointReader, flatten: bool = True, optional: Set[str] = frozenset()) -> None:
         super().__init__(flatten_state_dict=flatten)
         self._reader = reader
+        self._optional = optional - set(reader.keys)
         self._values: dict[str, Any] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        for key in self._optional & self.state_dict.keys():
+            del self.state_dict[key]
+            container, last = self._place_of(key)
+            del container[last]
 
     def create_local_plan(self) -> LoadPlan:
         # The method of the base class takes an FSDP1 parameter that is empty on this rank for a sign of torch < 2.4.
@@ -207,8 +220,13 @@ class LoadPlannerWithoutPickle(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Store the value that was read safely before; the method of the base class would unpickle `value`."""
-        *parents, last = self.mappings[read_item.dest_index.fqn]
+        container, last = self._place_of(read_item.dest_index.fqn)
+        container[last] = self._values[read_item.dest_index.fqn]
+
+    def _place_of(self, key: str) -> tuple[Any, Any]:
+        """Return the dict or list that has the value of `key` in the state dict, and its key or index there."""
+        *parents, last = self.mappings[key]
         container: Any = self.original_state_dict
         for parent in parents:
             container = container[parent]
-        container[last] = self._values[read_item.dest_index.fqn]
+        return container, last

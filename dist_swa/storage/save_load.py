@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,15 +27,15 @@ class Checked(Protocol):
     def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Raise on every rank if the states of the ranks do not belong to one checkpoint. A collective."""
 
-    def check_saved(self, saved: Mapping[str, Any]) -> None:
-        """Raise if `load_state_dict` could not load `saved`. Local.
+    def check_saved(self, saved: Mapping[str, Any]) -> Set[str]:
+        """Raise if `load_state_dict` could not load `saved`. Local. Returns the keys that `load_state_dict` can lack.
 
         `saved` maps the keys of the entry in the checkpoint, such as "layers.0.weight", to their values, which are
-        read on access. It is empty if the checkpoint has nothing of the entry; `reset` is called then.
+        read on access. It is empty if the checkpoint has nothing of the entry; `reset_to` is called then.
         """
 
-    def reset(self) -> None:
-        """Set the initial state. Local."""
+    def reset_to(self, position: Mapping[str, int]) -> str:
+        """Set the initial state, and return what the warning adds, or "". Local. `position`: see `load`."""
 
 
 class SavedEntry(Mapping[str, Any]):
@@ -97,12 +97,20 @@ def save_async(
     return wait
 
 
-def load(state: dict[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
+def load(
+    state: dict[str, Any],
+    path: str | Path,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    position: Mapping[str, int] | None = None,
+) -> None:
     """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
 
-    The number of ranks and the wrappers may differ from those of the save. An entry that is `Checked` is reset if the
-    checkpoint has nothing of it, with one warning. A checkpoint that plain dcp.save wrote has no checksums: one warning
-    says that damage inside tensors is not detected.
+    The number of ranks and the wrappers may differ from those of the save. An average of which the checkpoint has
+    nothing is reset, with one warning; the schedule of an `SWA` then starts at `position`, arguments of `SWA.reset`
+    such as ``{"batches": 840}``. Persistent buffers of an average may be missing where they are copied from the model.
+    A checkpoint that plain dcp.save wrote has no checksums: one warning says that damage inside tensors is not
+    detected.
 
     Raises on every rank, before anything has changed: CheckpointError if the checkpoint is damaged, incomplete or asks
     to run code, ValueError if it does not fit the state. (If a file fails when it is read for the second time, part of
@@ -118,20 +126,23 @@ def load(state: dict[str, Any], path: str | Path, *, process_group: dist.Process
                 " unnoticed",
                 stacklevel=2,
             )
-        if missing := _check_entries(state, reader):
-            warnings.warn(f"{path} has nothing under {missing}: these entries are reset", stacklevel=2)
+        missing, optional = _check_entries(state, reader)
     states = _state_dicts({key: value for key, value in state.items() if key not in missing}, process_group)
-    planner = LoadPlannerWithoutPickle(reader)
+    planner = LoadPlannerWithoutPickle(reader, optional=optional)
     with unwrap_dcp_errors(), no_group_is_fine():
         dcp_load(states, storage_reader=reader, planner=planner, process_group=process_group)
     with raise_on_all(process_group):
-        for key in missing:
-            state[key].reset()
+        texts = [state[key].reset_to(position or {}) for key in missing]
         for key, loaded in states.items():
             if isinstance(state[key], Stateful):
                 state[key].load_state_dict(loaded)
             else:
                 state[key] = loaded
+        if missing:
+            text = "; ".join(
+                [f"{path} has nothing under {missing}: these entries are reset", *dict.fromkeys(filter(None, texts))]
+            )
+            warnings.warn(text, stacklevel=2)
 
 
 def _check_is_dict(state: Any) -> None:
@@ -139,18 +150,18 @@ def _check_is_dict(state: Any) -> None:
         raise TypeError(f"a checkpoint needs a state dict, got state={type(state).__name__}; pass a dict")
 
 
-def _check_entries(state: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
-    """Check the entries that are `Checked`, and return those of which the checkpoint has nothing."""
-    missing = []
+def _check_entries(state: Mapping[str, Any], reader: CheckpointReader) -> tuple[list[str], set[str]]:
+    """Check the entries that are `Checked`; return those of which the checkpoint has nothing, and the optional keys."""
+    missing, optional = [], set()
     for key in sorted(key for key, value in state.items() if isinstance(value, Checked)):
         saved = SavedEntry(reader, key)
         try:
-            state[key].check_saved(saved)
+            optional |= {f"{key}.{name}" for name in state[key].check_saved(saved)}
         except ValueError as error:
             raise ValueError(f"{error} (entry {key!r} of {reader.folder})") from error
         if not saved:
             missing.append(key)
-    return missing
+    return missing, optional
 
 
 def _plan_save(

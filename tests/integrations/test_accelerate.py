@@ -236,6 +236,16 @@ def test_free_memory_makes_room_for_another_training(tmp_path: Path) -> None:
     assert reference() is None
 
 
+@on_ranks(2)
+def test_a_step_after_max_duration_is_told_once() -> None:
+    with accelerated("ddp") as accelerator:
+        model, optimizer, swa = prepared(accelerator, "ddp")
+        train(accelerator, model, optimizer, swa, 0, STEPS)
+        with pytest.warns(UserWarning, match=f"max_duration={STEPS}ba was reached before step {STEPS + 1}; ") as caught:
+            train(accelerator, model, optimizer, swa, STEPS, STEPS + 3)
+        assert len(caught) == 1
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 @on_ranks(2)
 def test_each_average_has_its_own_folder_until_it_is_detached(tmp_path: Path, kind: str) -> None:
@@ -258,7 +268,8 @@ def test_each_average_has_its_own_folder_until_it_is_detached(tmp_path: Path, ki
         swa = prepare_swa(accelerator, model, optimizer, **OPTIONS)  # its name is free again
         train(accelerator, model, optimizer, swa, 0, START)
         assert swa.num_averaged == 1
-        with pytest.warns(UserWarning, match="dist_swa does not exist: averaging starts anew") as caught:
+        message = r"dist_swa does not exist: averaging starts anew; the schedule .*, call swa.reset\(batches=\.\.\.\)$"
+        with pytest.warns(UserWarning, match=message) as caught:
             accelerator.load_state(str(tmp_path / "one"))
         assert sum("averaging" in str(warning.message) for warning in caught) == 1
         assert not swa.step()

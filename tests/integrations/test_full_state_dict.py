@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_swa import SWA, Window
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
@@ -63,3 +63,36 @@ def test_the_state_is_a_copy() -> None:
     assert not same_bits(swa.average.full_state_dict(), before)
     load_full_state_dict(swa, saved)
     assert same_bits(swa.average.full_state_dict(), before)
+
+
+def linear(*buffers: str) -> nn.Module:
+    model = nn.Linear(2, 2)
+    for name in buffers:
+        model.register_buffer(name, torch.full((3,), 5.0))
+    return model
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ("new",)), (("more",), ()), (("more", "kept"), ("kept", "new"))])
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+@on_ranks(2)
+def test_copied_buffers_may_come_and_go(wrapper: str, before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    first, second = (SWA(wrap(linear(*names), wrapper), swa_start="0ba") for names in (before, after))
+    first.step()
+    state: list[Any] = [full_state_dict(first)]
+    dist.broadcast_object_list(state)
+    for buffer in second.average._shards.buffers:
+        buffer.local_tensor.fill_(9)
+    load_full_state_dict(second, state[0])
+    found, expected = second.average.full_state_dict(), first.average.full_state_dict()
+    assert set(found) == {"weight", "bias", *after} or dist.get_rank() > 0
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]) if name in expected else value.eq(9).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ("new",)), (("more",), ())])
+def test_averaged_buffers_may_not_come_or_go(before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    first, second = (SWA(linear(*names), swa_start="0ba", buffers="average") for names in (before, after))
+    first.step()
+    with pytest.raises(ValueError, match=f"load_state_dict needs {(before + after)[0]} of shape"):
+        load_full_state_dict(second, full_state_dict(first))
+    assert second.num_averaged == 0

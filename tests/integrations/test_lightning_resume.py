@@ -137,10 +137,11 @@ def test_fsdp1_attaches_and_resumes(sharded: bool, tmp_path: Path) -> None:
 def test_a_checkpoint_without_an_average_warns(strategy: str, tmp_path: Path) -> None:
     fit(Module(), [ModelCheckpoint(tmp_path, filename="{step}")], strategy, max_epochs=1)
     swa = SWACallback(swa_start="0.5dur")
-    with pytest.warns(
-        UserWarning, match="(no averaging state.*: averaging starts anew|nothing under .*: these entries are reset)"
-    ):
+    nothing = "(no averaging state: averaging starts anew|nothing under .*: these entries are reset)"
+    with pytest.warns(UserWarning, match=f"{nothing}; the schedule starts at step 4$") as caught:
         fit(Module(), [swa], strategy, resume=tmp_path / "step=4.ckpt")
+    assert sum("schedule" in str(warning.message) for warning in caught) == 1
+    assert swa_of(swa).schedule.now.epochs == EPOCHS
     assert swa_of(swa).schedule.now.batches == EPOCHS * STEPS
     assert swa_of(swa).num_averaged == 7  # from step 6 of 12 on; the first four were those of the checkpoint
 

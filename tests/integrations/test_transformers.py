@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -288,12 +290,53 @@ def test_checkpoint_without_an_average_warns_and_averaging_starts_anew(tmp_path:
     with launched():
         trainer = trainer_for("gpt2 ddp", tmp_path, eval_strategy="steps", eval_steps=2)
         trainer = add_swa(trainer, swa_start="1ba", evaluate="trained")
-        with pytest.warns(UserWarning, match="dist_swa does not exist: averaging starts anew") as caught:
+        message = rf"dist_swa does not exist: averaging starts anew; the schedule starts at step {STOP}$"
+        with pytest.warns(UserWarning, match=message) as caught:
             trainer.train(resume_from_checkpoint=True)
         assert sum("averaging" in str(warning.message) for warning in caught) == 1
-        assert trainer.swa.schedule.now.batches == STEPS
+        assert (trainer.swa.schedule.now.batches, trainer.swa.schedule.now.epochs) == (STEPS, STEPS // 2)
         assert trainer.swa.num_averaged == STEPS - STOP
         assert list(losses(trainer.state.log_history)) == [(6, "eval_loss"), (6, "train_loss")]
+
+
+class WithoutLength(IterableDataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+UNMET: dict[str, tuple[dict[str, Any], str]] = {
+    "start": (
+        {"swa_start": f"{STEPS + 1}ba"},
+        "averaging never starts: swa_start needs to come before the last update",
+    ),
+    "max_duration": (
+        {"swa_start": "1ba", "max_duration": f"{STOP}ba"},
+        f"max_duration={STOP}ba was reached before step",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNMET)
+@on_ranks(1)
+def test_a_schedule_that_the_run_does_not_meet_is_told_once(tmp_path: Path, case: str) -> None:
+    options, message = UNMET[case]
+    with launched(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        add_swa(trainer_for("gpt2 ddp", tmp_path), **options).train()
+    texts = [str(warning.message) for warning in caught]
+    assert [text.startswith(message) for text in texts if "max_duration" in text] == [True]
+
+
+@on_ranks(1)
+def test_epochs_that_the_trainer_ends_are_no_reason_to_warn(tmp_path: Path) -> None:
+    with launched():
+        trainer = trainer_for("gpt2 ddp", tmp_path)
+        trainer.train_dataset = WithoutLength(trainer.train_dataset)
+        add_swa(trainer, swa_start="1ba", update_interval="1ep").train()
+    assert (trainer.swa.schedule.steps_per_epoch, trainer.swa.num_averaged) == (None, STEPS // 2)
 
 
 seen_prefixes: list[str] = []

@@ -21,7 +21,7 @@ from composer import DataSpec, Event
 from torch import Tensor
 
 from cases import read
-from composer_run import EPOCHS, STEPS, Model, Record, Status, composers_own, status_of, trainer
+from composer_run import EPOCHS, STEPS, Model, Record, Status, composers_own, status_of, swa_of, trainer
 from dist_swa.integrations.composer import SWA
 from models import same_bits
 from small_run import loader, sgd
@@ -99,6 +99,20 @@ def test_a_fit_inside_the_first_epoch_keeps_the_trained_weights(build: Callable[
         it.fit()
     trainer(plain, [], max_duration="5ba").fit()
     assert same_bits(model.net.state_dict(), plain.net.state_dict())
+
+
+def test_a_start_after_the_end_of_the_run_is_told_once() -> None:
+    with pytest.warns(UserWarning, match="averag") as caught:
+        trainer(Model(), [SWA("9ep", None, "1ba")], max_duration="1ep").fit()
+    first, second = (str(warning.message) for warning in caught if "averag" in str(warning.message))
+    assert first.startswith("averaging never starts: ")
+    assert second.startswith("no model was averaged in")
+
+
+def test_epochs_that_composer_ends_are_no_reason_to_warn() -> None:
+    swa = SWA("0.1dur", None, "1ep")
+    trainer(Model(), [swa], max_duration="16ba").fit()  # two epochs; the start is in the first
+    assert swa_of(swa).num_averaged == 2
 
 
 def test_several_fits_are_composers() -> None:

@@ -80,8 +80,10 @@ def test_a_checkpoint_of_composers_own_swa_warns(tmp_path: Path) -> None:
     path = before.save_checkpoint(str(tmp_path / "last.pt"))
     swa = SWA("1ba", None, "1ba")
     it = trainer(Model(), [swa], load_path=path)
-    with pytest.warns(UserWarning, match="has no averaging state: averaging starts anew"):
+    message = f"has no averaging state: averaging starts anew; the schedule starts at step {STEPS}$"
+    with pytest.warns(UserWarning, match=message) as caught:
         it.fit()
+    assert sum("averaging" in str(warning.message) for warning in caught) == 1
     assert swa_of(swa).num_averaged == (EPOCHS - 1) * STEPS
     assert swa_of(swa).schedule.now.batches == EPOCHS * STEPS
 
