@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import dist_swa
+from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
 
 try:
@@ -164,7 +165,7 @@ class SWA(Algorithm):  # type: ignore[misc]
             self._recalibrate_once(state)
         elif end is None or end.unit == "dur":
             with get_precision_context(state.precision, state.precision_config):
-                swa.finalize(_batches(state), **self._finalize_options)
+                swa.finalize(_batches(state), **skipping(swa.average.averages_statistics, self._finalize_options))
             self._is_recalibrated = swa.completed
         else:
             warnings.warn(
@@ -176,7 +177,8 @@ class SWA(Algorithm):  # type: ignore[misc]
     def _recalibrate_once(self, state: State) -> None:
         if self._attached.completed and not self._is_recalibrated:
             with get_precision_context(state.precision, state.precision_config):
-                dist_swa.recalibrate_batch_norm(state.model, _batches(state), **self._finalize_options)
+                options = skipping(self._attached.average.averages_statistics, self._finalize_options)
+                dist_swa.recalibrate_batch_norm(state.model, _batches(state), **options)
             self._is_recalibrated = True
 
     @property

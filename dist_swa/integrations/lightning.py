@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_swa import SWA, checkpoint
+from dist_swa.batch_norm.frozen import skipping
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
 
@@ -172,8 +173,9 @@ class SWACallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_batches = trainer.num_training_batches
         options = {"max_batches": int(num_batches) if math.isfinite(num_batches) else None, **self._finalize_options}
+        swa = cast(SWA, self.swa)
         with trainer.precision_plugin.forward_context():
-            cast(SWA, self.swa).finalize(_batches(trainer, pl_module), **options)
+            swa.finalize(_batches(trainer, pl_module), **skipping(swa.average.averages_statistics, options))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.swa is None and trainer.ckpt_path is not None:  # with no step left Lightning calls neither of these

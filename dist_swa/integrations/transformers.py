@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa import recalibrate_batch_norm
+from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 
 _EVALUATE = ("averaged", "trained", "both")
@@ -73,7 +74,7 @@ class SWAMixin(Trainer):
         try:
             metrics = evaluate(metric_key_prefix=metric_key_prefix) if self._swa_evaluate == "both" else {}
             with self.swa.swapped_in():
-                recalibrate_batch_norm(self.model_wrapped, self._swa_batches(), **self._swa_finalize_options)
+                recalibrate_batch_norm(self.model_wrapped, self._swa_batches(), **self._swa_recalibration_options())
                 return metrics | evaluate(metric_key_prefix=f"{metric_key_prefix}_swa")
         finally:
             self._swa_is_evaluating = False
@@ -91,6 +92,9 @@ class SWAMixin(Trainer):
         self.swa.save(Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", _FOLDER))
         super()._save_checkpoint(model, trial)
         self.swa.discard_zero_lr_steps()
+
+    def _swa_recalibration_options(self) -> dict[str, Any]:
+        return skipping(self.swa.average.averages_statistics, self._swa_finalize_options)
 
     def _swa_batches(self) -> Iterator[Any]:
         """Yield the training data. A new loader, because the one of the run has a position in its epoch."""
@@ -216,4 +220,4 @@ class _SWAEvents(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         swa = self.trainer.swa
         swa.detach()
-        swa.finalize(self.trainer._swa_batches(), **self.trainer._swa_finalize_options)
+        swa.finalize(self.trainer._swa_batches(), **self.trainer._swa_recalibration_options())
