@@ -121,7 +121,7 @@ def write_combination(sources: Sequence[Source], coefficients: Sequence[float], 
     """Write the sum of `sources`, each times its coefficient, as described in `merge`. A collective."""
     with raise_on_all():
         specs = _common_specs(sources)
-        files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
+        files = None if sources[-1].is_checkpoint and out.suffix != SUFFIX else files_of(specs, out)
         if skipped := sources[-1].skipped:
             warnings.warn(f"a merge stores tensors only; not written: {', '.join(skipped)}", stacklevel=3)
 

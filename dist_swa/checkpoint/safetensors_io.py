@@ -84,7 +84,7 @@ class SafetensorsReader:
         self.folder = Path(path)
         self._files: dict[str, Path] = {}
         self._specs: dict[str, Spec] = {}
-        listed = _read_index(self.folder)
+        listed = read_index(self.folder / INDEX)
         found = [self.folder] if self.folder.is_file() else self.folder.glob(f"*{SUFFIX}")
         for file in sorted(set(listed.values()) or found):
             with _opened(file) as tensors:
@@ -219,9 +219,8 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _read_index(folder: Path) -> dict[str, Path]:
+def read_index(path: Path) -> dict[str, Path]:
     """Return the file of each tensor from the index of a folder; an empty dict without an index."""
-    path = folder / INDEX
     if not path.is_file():
         return {}
     try:
@@ -229,10 +228,8 @@ def _read_index(folder: Path) -> dict[str, Path]:
         if not all(Path(name).name == name and name not in ("", "..") for name in weight_map.values()):
             raise ValueError("a file outside of the folder")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"safetensors need an index as it was written, got {path}: {error}; restore it"
-        ) from error
-    return {key: folder / name for key, name in weight_map.items()}
+        raise CheckpointError(f"weights need an index as it was written, got {path}: {error}; restore it") from error
+    return {key: path.with_name(name) for key, name in weight_map.items()}
 
 
 def _header(specs: Mapping[str, Spec]) -> bytes:
