@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_swa.checkpoint.safetensors_io import read_index
+from dist_swa.checkpoint.shards import read_index, weight_files
 from dist_swa.storage.reader import CheckpointError
 
 INDEX = "pytorch_model.bin.index.json"  # maps each tensor of a folder to its file
 _FILES = "*model*.bin"  # and not optimizer.bin, training_args.bin
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_MAPPED_BYTES = 1 << 24  # read before a mapping is closed: pages that were read stay resident until then
-_MAX_VALUES = 10**7  # a small file may have many more, as lists of lists that are all the same one
+_MAX_DICTS = 10**6  # a small file may have many more, as lists of one list that is in them twice
+_SIGNS_OF_CODE = (" GLOBAL ", "can still be loaded", "TorchScript", "legacy .tar format")  # in errors of torch.load
 _ZIP = b"PK\x03\x04"  # how files of torch.save begin, except those in the format before version 1.6
 
 
@@ -106,23 +107,23 @@ def is_torch_file(path: Path) -> bool:
 
 def weight_files_in(folder: Path) -> list[Path]:
     """Return the files of the weights that transformers saved in a folder with torch.save."""
-    listed = read_index(folder / INDEX)
-    return sorted(set(listed.values()) or folder.glob(_FILES))
+    return weight_files(folder, folder / INDEX, _FILES)
 
 
 def _loaded(path: Path) -> Mapping[Any, Any]:
     """Return the dict in a file; its tensors are mapped, unless the file has the old format."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own use of it
+            warnings.simplefilter("ignore")  # of torch's own deprecated storages
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"weights need all files of the folder, got none at {path}; restore it") from error
     except Exception as error:
         text = " ".join(str(error).split())
-        if "can still be loaded" in text or "`weights_only=True`" in text or "legacy .tar" in text:
+        if any(sign in text for sign in _SIGNS_OF_CODE):
             raise _needs_code(path, text) from error
-        raise _damaged(path, text or type(error).__name__) from error
+        reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
+        raise _damaged(path, reason or type(error).__name__) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"weights need a dict of tensors, got a {type(loaded).__name__} in {path}; save a state dict")
     return loaded
@@ -151,16 +152,16 @@ def _is_zip(path: Path) -> bool:
 
 
 def _flatten(loaded: Mapping[Any, Any], file: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the values in nested dicts and lists, with the keys that lead to them."""
+    """Yield what is in nested dicts, and the tensors in lists, with the keys that lead to them."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
-    for _ in range(_MAX_VALUES):
+    for _ in range(_MAX_DICTS):
         if not waiting:
             return
-        path, value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += [((*path, str(key)), inner) for key, inner in reversed(list(value.items()))]
-        elif isinstance(value, list | tuple):
-            waiting += [((*path, str(i)), inner) for i, inner in reversed(list(enumerate(value)))]
-        else:
-            yield path, value
-    raise _damaged(file, f"it has more than {_MAX_VALUES} values")
+        path, container = waiting.pop()
+        is_dict = isinstance(container, Mapping)
+        for key, value in container.items() if is_dict else enumerate(container):
+            if isinstance(value, Mapping | list | tuple):
+                waiting.append(((*path, str(key)), value))
+            elif is_dict or isinstance(value, Tensor):
+                yield (*path, str(key)), value
+    raise _damaged(file, f"it has more than {_MAX_DICTS} dicts and lists")
