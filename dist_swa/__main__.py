@@ -114,8 +114,8 @@ _sources = click.argument("sources", nargs=-1, required=True)
 _out = click.option("--out", required=True, help="a new folder, or a new .safetensors file")
 _key = click.option(
     "--key",
-    help="""the entry of a checkpoint, as "swa" or "model"; "" is the top level of the saved state dict; default: the
-    only average, or the only entry if there is no average""",
+    help="""the entry of a checkpoint, as "swa" or "app.model"; "" is the top level of the saved state dict; default:
+    the only average, or without one the only entry that is not an optimizer""",
 )
 _quiet = click.option("--quiet", is_flag=True, help="no progress bar")
 

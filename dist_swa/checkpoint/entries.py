@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_swa.averaging.format import FORMAT_VERSION
-from dist_swa.checkpoint.safetensors_io import Spec
+from dist_swa.checkpoint.safetensors_io import SafetensorsReader, Spec
 from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
@@ -60,6 +60,7 @@ class Contents:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._paths = _paths_of(reader)
+        self._prefix = "" if isinstance(reader, SafetensorsReader) else "module."  # of a DDP module's state dict
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
@@ -76,7 +77,7 @@ class Contents:
         for key in self._plain:
             grouped[self._entry_of(key)].append(key)
         others = {
-            entry: Entry(_names(entry, grouped[entry]), None, entry in around_optimizers)
+            entry: Entry(self._names(entry, grouped[entry]), None, entry in around_optimizers)
             for entry in {self._entry_of(key) for key in tensors}
         }
         for key in optimizers:
@@ -93,19 +94,25 @@ class Contents:
         They are empty where there are none, or where an optimizer or an average is inside.
         """
         if key == TOP_LEVEL and (key not in self.entries or self._is_uncertain):
-            names = {} if self._regions else _names(key, self._plain)
+            names = {} if self._regions else self._names(key, self._plain)
         elif key in self.entries:
             entry = self.entries[key]
             names = {} if entry.average or entry.has_optimizer else entry.stored
         elif key in self._around:
             names = {}
         else:
-            names = _names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
+            names = self._names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
         return names if self._has_tensors(names) else {}
 
     def inside(self, key: str) -> list[str]:
         """Return the entries below `key`."""
         return [entry for entry in self.entries if entry.startswith(f"{key}." if key else "") and entry != key]
+
+    def _names(self, entry: str, keys: Iterable[str]) -> dict[str, str]:
+        """Return keys by name, without the prefix that all of them have if a DDP module was saved."""
+        names = {key.removeprefix(join(entry, "")): key for key in keys}
+        prefix = self._prefix if all(name.startswith(self._prefix) for name in names) else ""
+        return {name.removeprefix(prefix): key for name, key in names.items()}
 
     def _has_tensors(self, names: Mapping[str, str]) -> bool:
         return any(self.reader.shape(stored) is not None for stored in names.values())
@@ -145,14 +152,6 @@ def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
         path = tuple(map(str, given)) if isinstance(given, tuple | list) else ()
         found[key] = path if ".".join(path) == key else None
     return found
-
-
-def _names(entry: str, keys: Iterable[str]) -> dict[str, str]:
-    """Return keys by name, without the prefix of a DDP module's state dict."""
-    names = {key.removeprefix(join(entry, "")): key for key in keys}
-    if all(name.startswith("module.") for name in names):
-        return {name.removeprefix("module."): key for name, key in names.items()}
-    return names
 
 
 def _parents(path: Sequence[str]) -> list[str]:

@@ -75,7 +75,7 @@ def open_reader(path: str | Path) -> Reader:
         return weights
     if not path.exists():
         raise FileNotFoundError(f"a checkpoint or safetensors are needed, got nothing at {path}; see the path")
-    steps = sorted(folder.name for folder in path.glob("step-*"))
+    steps = sorted(folder.name for name in ("step-*", "checkpoint-*") for folder in path.glob(name))
     hint = f"choose one of {', '.join(steps)} in it" if steps else f"it has no {METADATA}; see the path"
     raise ValueError(f"a checkpoint or safetensors are needed, got {path}; {hint}")
 
@@ -91,7 +91,7 @@ def _averages_in(folder: Path) -> list[CheckpointReader]:
 def _models_in(folder: Path) -> dict[str, Reader]:
     """Return readers of the models in the checkpoint of a trainer; accelerate numbers those after the first."""
     found: dict[str, Reader] = {}
-    for path in sorted(folder.iterdir()):
+    for path in () if (folder / INDEX).exists() else sorted(folder.iterdir()):
         if match := _OF_MODEL.fullmatch(path.name):
             found.setdefault(f"{_MODEL}{match[1] or ''}", open_reader(path))
     if not found and (model := _weights_in(folder)) is not None:

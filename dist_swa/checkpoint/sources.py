@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
@@ -14,6 +15,7 @@ from dist_swa.checkpoint.readers import open_reader
 from dist_swa.storage.reader import CheckpointReader
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
+_LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
 _OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
 
@@ -28,7 +30,7 @@ class Source:
     def __init__(self, reader: Reader, key: str | None, stored: Mapping[str, tuple[str, ...]]) -> None:
         self.path, self.key = reader.folder, key
         self.is_checkpoint = isinstance(reader, CheckpointReader)
-        self._reader, self._stored = reader, stored
+        self._reader, self._stored = reader, dict(stored)
         specs = {name: spec_of(reader, first) for name, (first, *_) in stored.items()}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
         self.skipped = [name for name, spec in specs.items() if spec is None]
@@ -41,8 +43,31 @@ class Source:
             total += self._reader.read(key)
         return total.div_(1 + len(others)) if others else total
 
+    def tied_to(self, name: str, others: Iterable[str]) -> Iterator[str]:
+        """Yield those of `others` that are the tensor `name`, or equal to the bit. Memory: two tensors.
+
+        A tensor of equal elements, such as a bias of zeros, is not equal to another: that may be chance.
+        """
+        value: Tensor | None = None
+        for other in others:
+            if self._stored[other] == self._stored[name]:
+                yield other
+            elif self.specs[other] == self.specs[name]:
+                value = _bits(self.read(name)) if value is None else value
+                if bool((value[1:] != value[:1]).any()) and torch.equal(_bits(self.read(other)), value):
+                    yield other
+
+    def tie(self, name: str, other: str) -> None:
+        """Give the tensor `other` one more name."""
+        self._stored[name], self.specs[name] = self._stored[other], self.specs[other]
+
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of each element."""
+    return tensor.flatten()[:, None].view(torch.uint8)
 
 
 def open_source(path: str | Path, key: str | None = None) -> Source:
@@ -57,7 +82,7 @@ def open_source(path: str | Path, key: str | None = None) -> Source:
     weights = [name for name in entries if contents.weights(name)]
     if is_one_model(contents):
         return _open_weights(reader, None, entries[TOP_LEVEL].stored)
-    choices = averages or weights
+    choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
     if key is None and len(choices) == 1:
         (key,) = choices
     if key in averages:
@@ -94,7 +119,10 @@ def _open_weights(reader: Reader, key: str | None, stored: Mapping[str, str]) ->
 def _open_average(contents: Contents, key: str) -> Source:
     reader, average = contents.reader, contents.entries[key].average
     if average is None or average.num_averaged == 0:
-        raise ValueError(f"a checkpoint needs an average of models, got num_averaged=0 of {key} in {reader.folder}")
+        raise ValueError(
+            f"a checkpoint needs an average of models, got num_averaged=0 of {key} in {reader.folder}; take a later"
+            " one, or pass another key"
+        )
     slots = list(takewhile(bool, (below(reader, join(key, f"slots.{i}")) for i in range(average.num_averaged))))
     if not slots or any(slot.keys() != slots[0].keys() for slot in slots):
         raise damaged(reader, join(key, "slots"))

@@ -21,7 +21,7 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_MAPPED_BYTES = 1 << 24  # read before a mapping is closed: pages that were read stay resident until then
 _MAX_DICTS = 10**6  # a small file may have many more, as lists of one list that is in them twice
 _SIGNS_OF_CODE = (" GLOBAL ", "can still be loaded", "TorchScript", "legacy .tar format")  # in errors of torch.load
-_ZIP = b"PK\x03\x04"  # how files of torch.save begin, except those in the format before version 1.6
+_ZIP, _OLD = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # how files of torch.save begin; the second before version 1.6
 
 
 class TorchReader:
@@ -102,7 +102,7 @@ def is_torch_file(path: Path) -> bool:
         head = file.read(9)
     if head[8:] == b"{":  # safetensors: a length, then JSON
         return False
-    return head[:4] == _ZIP or head[:1] == b"\x80" or path.suffix in _SUFFIXES or tarfile.is_tarfile(path)
+    return head.startswith((_ZIP, _OLD)) or path.suffix in _SUFFIXES or tarfile.is_tarfile(path)
 
 
 def weight_files_in(folder: Path) -> list[Path]:

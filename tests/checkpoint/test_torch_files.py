@@ -302,6 +302,17 @@ def test_safetensors_of_another_name_are_read(tmp_path: Path) -> None:
     assert same_bits(exported(tmp_path / "x.bin", tmp_path / "out.safetensors"), state)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "torch.save"])
+def test_the_prefix_of_a_ddp_module_is_removed_where_ddp_may_have_saved(tmp_path: Path, kind: str) -> None:
+    state = {"module.weight": torch.ones(2), "module.bias": torch.zeros(2)}
+    if kind == "safetensors":
+        save_file(state, tmp_path / "x")
+    else:
+        saved(state, tmp_path / "x")
+    found = exported(tmp_path / "x", tmp_path / "out.safetensors")
+    assert sorted(found) == (sorted(state) if kind == "safetensors" else ["bias", "weight"])
+
+
 NUM_TENSORS, TENSOR_BYTES = 24, 4 << 20
 MEASURE = """
 import re, sys

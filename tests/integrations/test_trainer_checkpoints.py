@@ -216,6 +216,22 @@ def test_the_average_of_another_model_than_the_first_finds_its_own(tmp_path: Pat
 # Lightning
 
 
+class Logging(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss.detach())
+        return loss
+
+
+def test_a_checkpoint_of_lightning_without_an_average_is_its_state_dict(tmp_path: Path) -> None:
+    module = Logging()
+    fit(module, [ModelCheckpoint(tmp_path, filename="last", monitor="loss", every_n_epochs=EPOCHS)])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "best_model_score" in str(saved["callbacks"])  # a tensor, too
+    checkpoint.export(tmp_path / "last.ckpt", tmp_path / "out.safetensors")
+    assert same_bits(load_file(tmp_path / "out.safetensors"), module.state_dict())
+
+
 class Frozen(Module):
     def __init__(self) -> None:
         super().__init__()
