@@ -67,6 +67,7 @@ STATES: dict[str, Callable[[Trained], dict[str, Any]]] = {
     "step beside": lambda run: {"app": {"step": torch.tensor(2), **AppState(run).state_dict()}},
     "model and optimizer": lambda run: {"net": run.weights, "optimizer": run.optimizer.state_dict()},
     "by its keys": lambda run: {"net": run.weights, "adam": run.optimizer.state_dict()},
+    "by its name": lambda run: {"net": run.weights, "optim": {"exp_avg": run.weights}},
     "in a list": lambda run: {"net": run.weights, "states": [run.optimizer.state_dict()]},
     "flattened": lambda run: {"net": run.weights, "adam": flattened(run)},
     "flat model": lambda run: {**run.weights, "optimizer": flattened(run)},
@@ -80,6 +81,7 @@ ENTRIES = {
     "step beside": ["app", "app.model", "app.optim"],
     "model and optimizer": ["net", "optimizer"],
     "by its keys": ["adam", "net"],
+    "by its name": ["net", "optim"],
     "in a list": ["net", "states.0"],
     "flattened": ["adam", "net"],
     "flat model": ["", "optimizer"],
@@ -203,9 +205,11 @@ def test_nested_checkpoints_are_merged(tmp_path: Path) -> None:
 
 FLAT = {"w": torch.ones(2), "layers.0.weight": torch.full((3,), 2.0), "layers.1.weight": torch.full((3,), 3.0)}
 
+OF_OTHERS = {"w": ("w",), "layers.0.weight": ("layers", "a"), "layers.1.weight": ("layers", "b")}
+
 
 @pytest.mark.parametrize(
-    "data", ["as DCP writes it", None, {"w": ["x"], "layers.0.weight": 3}, "another kind"], ids=str
+    "data", ["as DCP writes it", None, {"w": ["x"], "layers.0.weight": 3}, "another kind", OF_OTHERS], ids=str
 )
 def test_the_top_level_of_a_flat_checkpoint_has_all_names(tmp_path: Path, data: Any) -> None:
     path = saved(FLAT, tmp_path / "saved")

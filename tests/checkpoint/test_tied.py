@@ -105,6 +105,21 @@ def test_an_average_of_tied_parameters_merges_with_a_file_of_one_name(tmp_path: 
     assert torch.equal(found["lm_head.weight"], found["wte.weight"])
 
 
+@pytest.mark.parametrize("stored", [["wte"], ["lm_head"], ["wte", "lm_head"]], ids=str)
+def test_a_frozen_tied_parameter_may_be_stored_under_any_of_its_names(tmp_path: Path, stored: list[str]) -> None:
+    embedding, head, other = (nn.Linear(3, 3, bias=False) for _ in range(3))
+    head.weight = embedding.weight.requires_grad_(False)
+    model = nn.ModuleDict({"wte": embedding, "lm_head": head, "other": other})
+    average = ShardedAverage(model)
+    average.update()
+    names = [f"{name}.weight" for name in (*stored, "other")]
+    checkpoint.save({"swa": average, "model": {name: model.state_dict()[name] for name in names}}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert len(found) == 3
+    assert same_bits(found, average.full_state_dict())
+
+
 def test_only_tensors_of_the_same_shape_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [without(state(0), "lm_head"), {**state(1), "large": torch.ones(5, 3)}]
     values[0]["large"] = torch.ones(5, 3)
