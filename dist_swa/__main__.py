@@ -134,7 +134,7 @@ def _inspect(path: str, with_tensors: bool, as_json: bool) -> None:
     columns = ("key", "rule", "num_averaged", "step", "tensors", "elements", "dtypes")
     _print_table([columns, *([_cell(entry[column]) for column in columns] for entry in facts["entries"])])
     for entry in facts["entries"] if with_tensors else ():
-        click.echo(f"\n{_cell(entry['key'])}:")
+        click.echo("" if entry["key"] is None else f"\n{_cell(entry['key'])}:")
         _print_table([[f"  {_cell(s['name'])}", s["dtype"], str(s["shape"])] for s in entry["specs"]])
 
 

@@ -100,7 +100,7 @@ def test_inspect_lists_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str
         save_file(state, path) if kind == "safetensors" else torch.save(state, path)
     assert main(["inspect", str(path), "--tensors"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    title = "model:" if kind == "checkpoint" else "-:"
+    title = "model:" if kind == "checkpoint" else ""
     first = lines.index(title)
     assert lines[first + 1 : first + 3] == ["a.weight bfloat16 [2, 3]", "count int64 []"]
     assert ("x float32 [0]" in lines) == (kind == "checkpoint")
