@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -20,7 +20,11 @@ import torch.distributed as dist
 
 from dist_swa import __version__, checkpoint
 from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, Rule
-from dist_swa.checkpoint.sources import Average, Reader, entries_in, open_reader, spec_of
+from dist_swa.checkpoint.entries import Contents, Entry, Reader, spec_of
+from dist_swa.checkpoint.readers import TrainerReader, open_reader
+from dist_swa.checkpoint.safetensors_io import SafetensorsReader
+from dist_swa.checkpoint.sources import is_one_model
+from dist_swa.checkpoint.torch_files import TorchReader
 
 _RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
 _EXAMPLES = """\b
@@ -110,48 +114,63 @@ _sources = click.argument("sources", nargs=-1, required=True)
 _out = click.option("--out", required=True, help="a new folder, or a new .safetensors file")
 _key = click.option(
     "--key",
-    help="""the entry of a checkpoint, as "swa" or "model"; "" is the top level of the saved state dict; default: the
-    only average, or the only entry if there is no average""",
+    help="""the entry of a checkpoint, as "swa" or "app.model"; "" is the top level of the saved state dict; default:
+    the only average, or without one the only entry that is not an optimizer""",
 )
 _quiet = click.option("--quiet", is_flag=True, help="no progress bar")
 
 
 @_cli.command("inspect", epilog=_EXAMPLES)
 @click.argument("path")
+@click.option("--tensors", "with_tensors", is_flag=True, help="the names, shapes and dtypes of all tensors, too")
 @click.option("--json", "as_json", is_flag=True, help="machine-readable")
-def _inspect(path: str, as_json: bool) -> None:
-    """Show the entries of a checkpoint or of safetensors."""
-    facts = _facts(path)
+def _inspect(path: str, with_tensors: bool, as_json: bool) -> None:
+    """Show the entries of a checkpoint, of safetensors, or of a file of torch.save."""
+    facts = _facts(path, with_tensors)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(f"{_printable(path)}: {facts['format']}{'' if facts['has_checksums'] else ', without checksums'}")
     columns = ("key", "rule", "num_averaged", "step", "tensors", "elements", "dtypes")
-    rows = [columns, *([_cell(entry[column]) for column in columns] for entry in facts["entries"])]
+    _print_table([columns, *([_cell(entry[column]) for column in columns] for entry in facts["entries"])])
+    for entry in facts["entries"] if with_tensors else ():
+        click.echo("" if entry["key"] is None else f"\n{_cell(entry['key'])}:")
+        _print_table([[f"  {_cell(s['name'])}", s["dtype"], str(s["shape"])] for s in entry["specs"]])
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _facts(path: str) -> dict[str, Any]:
-    """Describe a checkpoint or safetensors by JSON values."""
-    reader = open_reader(path)
-    if isinstance(reader, checkpoint.CheckpointReader):
-        entries = [_entry(reader, key, *entry) for key, entry in entries_in(reader).items()]
-        return {"format": "checkpoint", "has_checksums": reader.has_checksums, "entries": entries}
-    entry = _entry(reader, None, {key: key for key in reader.keys})
-    return {"format": "safetensors", "has_checksums": False, "entries": [entry]}
+def _facts(path: str, with_tensors: bool) -> dict[str, Any]:
+    """Describe what is under a path by JSON values."""
+    contents = Contents(open_reader(path))
+    reader, needs_no_key = contents.reader, is_one_model(contents)
+    entries = [
+        _entry_facts(reader, None if needs_no_key else key, entry, with_tensors)
+        for key, entry in contents.entries.items()
+    ]
+    formats = {SafetensorsReader: "safetensors", TorchReader: "torch.save", TrainerReader: "checkpoint of a trainer"}
+    has_checksums = bool(getattr(reader, "has_checksums", False))
+    return {"format": formats.get(type(reader), "checkpoint"), "has_checksums": has_checksums, "entries": entries}
 
 
-def _entry(
-    reader: Reader, key: str | None, stored: Mapping[str, str], average: Average | None = None
-) -> dict[str, Any]:
-    """Describe an entry with these tensors."""
-    specs = [spec for name in stored.values() if (spec := spec_of(reader, name))]
-    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs).most_common()
-    facts = dict(zip(("rule", "num_averaged", "step"), average or (None, None, None), strict=True))
-    numel = sum(spec.shape.numel() for spec in specs)
-    return {"key": key, **facts, "tensors": len(specs), "elements": numel, "dtypes": [name for name, _ in dtypes]}
+def _entry_facts(reader: Reader, key: str | None, entry: Entry, with_tensors: bool) -> dict[str, Any]:
+    specs = {name: spec for name, stored in entry.stored.items() if (spec := spec_of(reader, stored))}
+    dtypes = Counter(_name_of(spec.dtype) for spec in specs.values()).most_common()
+    facts: dict[str, Any] = {"key": key}
+    facts |= zip(("rule", "num_averaged", "step"), entry.average or (None, None, None), strict=True)
+    numel = sum(spec.shape.numel() for spec in specs.values())
+    facts |= {"tensors": len(specs), "elements": numel, "dtypes": [name for name, _ in dtypes]}
+    if with_tensors:
+        facts["specs"] = [{"name": n, "shape": [*s.shape], "dtype": _name_of(s.dtype)} for n, s in specs.items()]
+    return facts
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _cell(value: Any) -> str:

@@ -90,6 +90,27 @@ def test_inspect_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors", "torch.save"])
+def test_inspect_lists_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    state = {"a.weight": torch.ones(2, 3, dtype=torch.bfloat16), "count": torch.tensor(3)}
+    path = tmp_path / "saved"
+    if kind == "checkpoint":
+        checkpoint.save({"model": state, "more": {"x": torch.ones(0)}}, path)
+    else:
+        save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    assert main(["inspect", str(path), "--tensors"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    title = "model:" if kind == "checkpoint" else ""
+    first = lines.index(title)
+    assert lines[first + 1 : first + 3] == ["a.weight bfloat16 [2, 3]", "count int64 []"]
+    assert ("x float32 [0]" in lines) == (kind == "checkpoint")
+    assert main(["inspect", str(path), "--tensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"][0]["specs"] == [
+        {"name": "a.weight", "shape": [2, 3], "dtype": "bfloat16"},
+        {"name": "count", "shape": [], "dtype": "int64"},
+    ]
+
+
 def test_inspect_of_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x": torch.ones(2, 3, dtype=torch.float16)}, tmp_path / "x.safetensors")
     assert main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == 0

@@ -44,13 +44,17 @@ def export(
     of modules (`get_extra_state`) is left out with a warning, unless it is a tensor.
 
     Args:
-        source: a live average, then every rank must call (a collective). Or the path of a checkpoint; this needs no
-            process group and no GPU. In a process group every rank must call, and the ranks share the files.
+        source: a live average, then every rank must call (a collective). Or a path; this needs no process group and
+            no GPU. In a process group every rank must call, and the ranks share the files. A path is a checkpoint of
+            torch.distributed.checkpoint, the checkpoint of a trainer with an average in it (transformers, accelerate,
+            Lightning), safetensors or a file of torch.save, or a folder of one of the two as transformers saves it.
         out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
             ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``.
-        key: the name of one of several live averages. Of a checkpoint the entry, such as "swa", "swa.ema_long" or
-            "model"; default: the only average, or the only entry if there is no average. "" is the top level, as of
-            ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
+        key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
+            "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
+            the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
+            tensors, all entries. A file that is one state dict needs no key. Parameters that are not averaged come from
+            the entry "model" or "state_dict".
         dtype: of all floating tensors, buffers included. Default: the dtype of the average for parameters, their own
             for others. Complex tensors keep theirs.
         only: "averaged" writes the averaged parameters only, as of a LoRA adapter. Quantised weights that are not
@@ -58,13 +62,13 @@ def export(
         progress: whether the first rank shows a progress bar.
 
     Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
-    a checkpoint, three times the largest tensor. Disk: a live source needs twice the model while it is written. All
-    ranks must see one file system.
+    a path, three times the largest tensor, but all of a file that torch before version 1.6 saved. Disk: a live source
+    needs twice the model while it is written. All ranks must see one file system.
 
-    Raises ValueError if the key is ambiguous (the message lists the keys), a parameter that is not averaged is missing,
-    safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first update; FileExistsError;
-    OSError if the disk is full or read-only; and what `open_checkpoint` raises. Every rank raises the same error, and
-    `out` is not created.
+    Raises ValueError if the key is ambiguous or has an optimizer inside (the message lists the keys), a parameter that
+    is not averaged is missing, safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first
+    update; FileExistsError; OSError if the disk is full or read-only; CheckpointError if a file is damaged or asks to
+    run code. Every rank raises the same error, and `out` is not created.
     """
     out = Path(out)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

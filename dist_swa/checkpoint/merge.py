@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -51,7 +51,7 @@ def merge(
     are not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
     Args:
-        sources: paths of checkpoints and safetensors (files or folders), also mixed.
+        sources: paths of what `export` reads, also mixed.
         out: a path where nothing exists. A name that ends in ".safetensors" becomes a file; any other a folder in the
             format of the last source: safetensors, or a checkpoint with the entry "model".
         key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
@@ -63,6 +63,8 @@ def merge(
 
     In a process group the ranks share the work: by files for safetensors, by tensors for a checkpoint. Memory per rank:
     five times the largest tensor in float32.
+
+    A tied tensor, such as a head, that a source has under one of its names only is written under all names.
 
     Raises ValueError if sources differ (it names the first name, shape or dtype that does), if `weights` do not fit,
     or if a sum overflows its dtype; and what `export` raises. Every rank raises the same error, and `out` is not
@@ -121,7 +123,7 @@ def write_combination(sources: Sequence[Source], coefficients: Sequence[float], 
     """Write the sum of `sources`, each times its coefficient, as described in `merge`. A collective."""
     with raise_on_all():
         specs = _common_specs(sources)
-        files = files_of(specs, out) if out.suffix == SUFFIX or sources[-1].is_safetensors else None
+        files = None if sources[-1].is_checkpoint and out.suffix != SUFFIX else files_of(specs, out)
         if skipped := sources[-1].skipped:
             warnings.warn(f"a merge stores tensors only; not written: {', '.join(skipped)}", stacklevel=3)
 
@@ -134,7 +136,16 @@ def write_combination(sources: Sequence[Source], coefficients: Sequence[float], 
 
 
 def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
-    """Return the shapes and dtypes of all sources; ValueError names the first that differs."""
+    """Return the shapes and dtypes of all sources; ValueError names the first that differs.
+
+    A name that a source lacks is that of another tensor of it, if the two are tied in all sources that have both.
+    """
+    for name in dict.fromkeys(name for source in sources for name in source.specs):
+        having = [source for source in sources if name in source.specs]
+        lacking = [source for source in sources if name not in source.specs]
+        if lacking and (tied := _tied_name(name, having, lacking)):
+            for source in lacking:
+                source.tie(name, tied)
     first = sources[0]
     for other in sources[1:]:
         for name in [*first.specs, *other.specs]:
@@ -145,6 +156,15 @@ def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
                     f" {first} and {others or 'missing'} in {other}; merge checkpoints of one model"
                 )
     return first.specs
+
+
+def _tied_name(name: str, having: Sequence[Source], lacking: Sequence[Source]) -> str | None:
+    """Return another name of the tensor `name`, such as that of the embedding to which a head is tied."""
+    rest = set.intersection(*(set(source.specs) for source in [*having, *lacking]))
+    found: Iterator[str] = (other for other in having[0].specs if other in rest)
+    for source in having:
+        found = source.tied_to(name, found)
+    return next(found, None)
 
 
 def _weighted_sum(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_swa.checkpoint.shards import read_index, weight_files
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.reader import CheckpointError
 from dist_swa.storage.writer import PARTIAL, sync_folder
@@ -84,9 +85,9 @@ class SafetensorsReader:
         self.folder = Path(path)
         self._files: dict[str, Path] = {}
         self._specs: dict[str, Spec] = {}
-        listed = _read_index(self.folder)
-        found = [self.folder] if self.folder.is_file() else self.folder.glob(f"*{SUFFIX}")
-        for file in sorted(set(listed.values()) or found):
+        listed = read_index(self.folder / INDEX)
+        is_file = self.folder.is_file()
+        for file in [self.folder] if is_file else weight_files(self.folder, self.folder / INDEX, f"*{SUFFIX}"):
             with _opened(file) as tensors:
                 for key in tensors.keys():  # noqa: SIM118  (not a dict)
                     if listed.get(key, file) != file or key in self._specs:
@@ -217,22 +218,6 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _read_index(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor from the index of a folder; an empty dict without an index."""
-    path = folder / INDEX
-    if not path.is_file():
-        return {}
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        if not all(Path(name).name == name and name not in ("", "..") for name in weight_map.values()):
-            raise ValueError("a file outside of the folder")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"safetensors need an index as it was written, got {path}: {error}; restore it"
-        ) from error
-    return {key: folder / name for key, name in weight_map.items()}
 
 
 def _header(specs: Mapping[str, Spec]) -> bytes:

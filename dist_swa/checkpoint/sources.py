@@ -1,43 +1,27 @@
-"""Open the weights of an average, of a model or of safetensors, under the names that load_state_dict expects."""
+"""Open the weights of an average or of a model, under the names that load_state_dict expects."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_swa.averaging.format import FORMAT_VERSION
-from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader, Spec
-from dist_swa.storage.reader import METADATA, CheckpointError, CheckpointReader, open_checkpoint
+from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
+from dist_swa.checkpoint.readers import open_reader
+from dist_swa.storage.reader import CheckpointReader
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
-TOP_LEVEL = ""  # the entry of keys that belong to no other entry, as all of ``dcp.save(model.state_dict())``
-Reader = CheckpointReader | SafetensorsReader
-
-
-class Average(NamedTuple):
-    """What a checkpoint says about an average. `step` is None if it is unknown."""
-
-    rule: str
-    num_averaged: int
-    step: int | None
-
-
-class Entry(NamedTuple):
-    """The keys of an entry by name. Of an average: those of its first slot and its buffers."""
-
-    stored: dict[str, str]
-    average: Average | None = None
+_LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
+# Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
+_OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
 
 
 class Source:
-    """The weights in one entry of a checkpoint, or in safetensors.
+    """The weights in one entry of a checkpoint, or in a file of weights.
 
     `specs` are their shapes and dtypes by name, aliases of tied parameters included. `skipped` are the names of values
     that are not tensors; they cannot be read.
@@ -45,8 +29,8 @@ class Source:
 
     def __init__(self, reader: Reader, key: str | None, stored: Mapping[str, tuple[str, ...]]) -> None:
         self.path, self.key = reader.folder, key
-        self.is_safetensors = isinstance(reader, SafetensorsReader)
-        self._reader, self._stored = reader, stored
+        self.is_checkpoint = isinstance(reader, CheckpointReader)
+        self._reader, self._stored = reader, dict(stored)
         specs = {name: spec_of(reader, first) for name, (first, *_) in stored.items()}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
         self.skipped = [name for name, spec in specs.items() if spec is None]
@@ -59,180 +43,130 @@ class Source:
             total += self._reader.read(key)
         return total.div_(1 + len(others)) if others else total
 
+    def tied_to(self, name: str, others: Iterable[str]) -> Iterator[str]:
+        """Yield those of `others` that are the tensor `name`, or equal to the bit. Memory: two tensors.
+
+        A tensor of equal elements, such as a bias of zeros, is not equal to another: that may be chance.
+        """
+        value: Tensor | None = None
+        for other in others:
+            if self._stored[other] == self._stored[name]:
+                yield other
+            elif self.specs[other] == self.specs[name]:
+                value = _bits(self.read(name)) if value is None else value
+                if bool((value[1:] != value[:1]).any()) and torch.equal(_bits(self.read(other)), value):
+                    yield other
+
+    def tie(self, name: str, other: str) -> None:
+        """Give the tensor `other` one more name."""
+        self._stored[name], self.specs[name] = self._stored[other], self.specs[other]
+
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
 
 
-def open_reader(path: str | Path) -> Reader:
-    """Return a reader of a DCP checkpoint or of safetensors. No code in them runs.
-
-    Raises ValueError if `path` is neither, and CheckpointError if it is damaged.
-    """
-    path = Path(path)
-    if path.is_dir() and (path / METADATA).exists():
-        return open_checkpoint(path)
-    if path.is_file() or (path / INDEX).exists() or any(path.glob(f"*{SUFFIX}")):
-        return SafetensorsReader(path)
-    if not path.exists():
-        raise FileNotFoundError(f"a checkpoint or safetensors are needed, got nothing at {path}; see the path")
-    steps = sorted(folder.name for folder in path.glob("step-*"))
-    hint = f"choose one of {', '.join(steps)} in it" if steps else f"it has no {METADATA}; see the path"
-    raise ValueError(f"a checkpoint or safetensors are needed, got {path}; {hint}")
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of each element."""
+    return tensor.flatten()[:, None].view(torch.uint8)
 
 
 def open_source(path: str | Path, key: str | None = None) -> Source:
-    """Return the weights of the entry `key`; safetensors need no key.
+    """Return the weights of the entry `key`, or of all below it; a file of weights alone needs no key.
 
-    The default is the only average, or the only entry if there is no average.
+    The default is the only average, or without one the only entry that has no optimizer. Raises ValueError, with the
+    keys to choose from, if that is not one entry, or if an optimizer or an average is inside of `key`.
     """
-    reader = open_reader(path)
-    if isinstance(reader, SafetensorsReader):
-        return Source(reader, None, {name: (name,) for name in reader.keys})
-    entries = entries_in(reader)
-    averages = {name: entry.average for name, entry in entries.items() if entry.average}
-    if key is None and 1 in (len(averages), len(entries)):
-        key = next(iter(entries))
-    if key is not None and (average := averages.get(key)):
-        return _open_average(reader, key, average)
-    if key is not None and _root(key) not in map(_root, averages):
-        source = Source(reader, key, {name: (stored,) for name, stored in _names_in(reader, key).items()})
-        if source.specs:
-            return source
-    choice = ", ".join(entry or '""' for entry in entries) or "none"
+    contents = Contents(open_reader(path))
+    entries, reader = contents.entries, contents.reader
+    averages = [name for name, entry in entries.items() if entry.average]
+    weights = [name for name in entries if contents.weights(name)]
+    if is_one_model(contents):
+        return _open_weights(reader, None, entries[TOP_LEVEL].stored)
+    choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
+    if key is None and len(choices) == 1:
+        (key,) = choices
+    if key in averages:
+        return _open_average(contents, key)
+    if key is not None and (stored := contents.weights(key)):
+        return _open_weights(reader, key, stored)
+    has_all = TOP_LEVEL not in entries and len(weights) > 1 and contents.weights(TOP_LEVEL)
+    choice = ", ".join(name or '""' for name in [*averages, *weights, *([TOP_LEVEL] if has_all else [])]) or "none"
     raise ValueError(
-        f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}; pass one of {choice}"
+        f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}{_content_of(contents, key)};"
+        f" pass one of {choice}"
     )
 
 
-def spec_of(reader: Reader, key: str) -> Spec | None:
-    """Return the shape and dtype of a tensor; None for other values."""
-    shape, dtype = reader.shape(key), reader.dtype(key)
-    return None if shape is None or dtype is None else Spec(shape, dtype)
+def is_one_model(contents: Contents) -> bool:
+    """Return whether a file, or a folder of files, is one state dict of a model, which needs no key."""
+    is_checkpoint = isinstance(contents.reader, CheckpointReader)
+    return not is_checkpoint and contents.entries.keys() == {TOP_LEVEL} and bool(contents.weights(TOP_LEVEL))
 
 
-def entries_in(reader: CheckpointReader) -> dict[str, Entry]:
-    """Return the averages of a checkpoint by key, such as "swa" or "swa.ema_long", then the other entries with tensors.
-
-    The entry `TOP_LEVEL` has the tensors of the saved dict itself.
-    """
-    found = {
-        key: Entry(_below(reader, f"{key}.slots.0") | _below(reader, f"{key}.buffers"), average)
-        for key, average in _averages_in(reader).items()
-    }
-    roots, top_level = {_root(key) for key in found}, _top_level(reader)
-    tensors = [key for key in reader.keys if reader.shape(key) is not None and _root(key) not in roots]
-    others = sorted({TOP_LEVEL if key in top_level else _root(key) for key in tensors})
-    return found | {entry: Entry(_names_in(reader, entry)) for entry in others}
+def _content_of(contents: Contents, key: str | None) -> str:
+    """Say what is inside of an entry that cannot be opened."""
+    names = [] if key is None else contents.inside(key)
+    if names:
+        marked = (f"{name} (optimizer)" if contents.entries[name].has_optimizer else name for name in names)
+        return f", which has {', '.join(marked)} inside"
+    return ", which is the state of an optimizer" if key in contents.entries else ""
 
 
-def _averages_in(reader: CheckpointReader) -> dict[str, Average]:
-    found = {}
-    for version_key in reader.keys:
-        key, _, last = version_key.rpartition(".")
-        if last != "format_version" or not key or f"{key}.num_averaged" not in reader.keys:
-            continue
-        if (version := _integers(reader, version_key)[0]) > FORMAT_VERSION:
-            raise ValueError(
-                f"reading needs format_version <= {FORMAT_VERSION}, got {version_key}={version} in {reader.folder};"
-                " update dist_swa"
-            )
-        rule = next(iter(_below(reader, f"{key}.rule").values()), None)
-        if rule is None:
-            raise _damaged(reader, f"{key}.rule")
-        text = _bytes(reader, rule).rstrip(b"\0").decode(errors="replace")
-        found[key] = Average(text, _integers(reader, f"{key}.num_averaged")[0], _step(reader, key))
-    return found
+def _open_weights(reader: Reader, key: str | None, stored: Mapping[str, str]) -> Source:
+    return Source(reader, key, {name: (stored_key,) for name, stored_key in stored.items()})
 
 
-def _names_in(reader: CheckpointReader, entry: str) -> dict[str, str]:
-    """Return the keys of an entry by name, without the prefix of a DDP module's state dict."""
-    names = _top_level(reader) if entry == TOP_LEVEL else _below(reader, entry)
-    if all(name.startswith("module.") for name in names):
-        return {name.removeprefix("module."): stored for name, stored in names.items()}
-    return names
-
-
-def _top_level(reader: CheckpointReader) -> dict[str, str]:
-    """Return the keys of the saved dict itself. DCP stores the path of each key; a name may contain dots."""
-    data = reader.metadata.planner_data
-    paths = {key: data.get(key) if isinstance(data, dict) else None for key in reader.keys}
-    return {key: key for key, path in paths.items() if len(path if isinstance(path, tuple) else key.split(".")) == 1}
-
-
-def _open_average(reader: CheckpointReader, key: str, average: Average) -> Source:
-    if average.num_averaged == 0:
-        raise ValueError(f"a checkpoint needs an average of models, got num_averaged=0 of {key} in {reader.folder}")
-    slots = list(takewhile(bool, (_below(reader, f"{key}.slots.{i}") for i in range(average.num_averaged))))
+def _open_average(contents: Contents, key: str) -> Source:
+    reader, average = contents.reader, contents.entries[key].average
+    if average is None or average.num_averaged == 0:
+        raise ValueError(
+            f"a checkpoint needs an average of models, got num_averaged=0 of {key} in {reader.folder}; take a later"
+            " one, or pass another key"
+        )
+    slots = list(takewhile(bool, (below(reader, join(key, f"slots.{i}")) for i in range(average.num_averaged))))
     if not slots or any(slot.keys() != slots[0].keys() for slot in slots):
-        raise _damaged(reader, f"{key}.slots")
+        raise damaged(reader, join(key, "slots"))
     stored = {name: tuple(slot[name] for slot in slots) for name in slots[0]}
-    stored |= {name: (buffer,) for name, buffer in _below(reader, f"{key}.buffers").items()}
-    ties = {name: _string_list(reader, tied) for name, tied in _below(reader, f"{key}.ties").items()}
-    stored |= _not_averaged(reader, key, stored.keys(), {alias for aliases in ties.values() for alias in aliases})
+    stored |= {name: (buffer,) for name, buffer in below(reader, join(key, "buffers")).items()}
+    ties = {name: strings(reader, tied) for name, tied in below(reader, join(key, "ties")).items()}
+    stored |= _not_averaged(contents, key, stored, ties)
     for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
         stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
     return Source(reader, key, stored)
 
 
 def _not_averaged(
-    reader: CheckpointReader, key: str, averaged: Set[str], aliases: Set[str]
+    contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]], ties: Mapping[str, list[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that are not averaged (frozen, or not selected). The entry of the model has them."""
-    num_others = _integers(reader, f"{key}.num_others")[0]
-    model = _names_in(reader, MODEL)
-    is_same_model = not averaged.isdisjoint(model)
-    others: dict[str, tuple[str, ...]] = {n: (model[n],) for n in model if is_same_model and n not in averaged}
+    """Return the parameters that are not averaged (frozen, or not selected). The entry of the model has them.
+
+    Of the names of a tied parameter, the model may have any.
+    """
+    num_others = integers(contents.reader, join(key, "num_others"))[0]
+    first_name = {alias: name for name, aliases in ties.items() for alias in aliases}
+    model: dict[str, tuple[str, ...]] = {
+        first_name.get(name, name): (stored,) for name, stored in _model_beside(contents, key, averaged).items()
+    }
+    others = {name: stored for name, stored in model.items() if name not in averaged}
     extra_state = {name: stored for name, stored in others.items() if name.endswith("_extra_state")}
-    num_found = len(others.keys() - extra_state.keys() - aliases)
+    num_found = len(others) - len(extra_state)
     if num_found < num_others:
         raise ValueError(
             f"an export of {key} needs the {num_others} parameters that are not averaged (frozen, or not selected), got"
-            f" {num_found} of them beside it in {reader.folder}; save the state dict of the model, with its own names,"
-            f" as the entry {MODEL!r} as well, or export from the run"
+            f" {num_found} of them beside it in {contents.reader.folder}; save the state dict of the model, with its"
+            f" own names, as the entry {MODEL!r} as well, or export from the run"
         )
     return others if num_others else extra_state
 
 
-def _root(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _below(reader: CheckpointReader, key: str) -> dict[str, str]:
-    prefix = f"{key}."
-    return {stored.removeprefix(prefix): stored for stored in reader.keys if stored.startswith(prefix)}
-
-
-def _step(reader: CheckpointReader, key: str) -> int | None:
-    """Return the optimizer step of an average from its schedule, or from the name of a `CheckpointFolder`'s folder."""
-    for parent in (key, key.rpartition(".")[0]):
-        if f"{parent}.schedule.now" in reader.keys:
-            return _integers(reader, f"{parent}.schedule.now")[0]
-    found = re.fullmatch(r"step-(\d+)", reader.folder.resolve().name)
-    return int(found[1]) if found else None
-
-
-def _integers(reader: CheckpointReader, key: str) -> list[int]:
-    value = reader.read(key) if key in reader.keys else None
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or not 0 < value.numel() < 1e6:
-        raise _damaged(reader, key)
-    return [int(number) for number in value.flatten().to(torch.int64).tolist()]
-
-
-def _bytes(reader: CheckpointReader, key: str) -> bytes:
-    if reader.dtype(key) != torch.uint8:
-        raise _damaged(reader, key)
-    return bytes(_integers(reader, key))
-
-
-def _string_list(reader: CheckpointReader, key: str) -> list[str]:
-    try:
-        names = json.loads(_bytes(reader, key))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(reader, key) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _damaged(reader, key)
-    return names
-
-
-def _damaged(reader: CheckpointReader, key: str) -> CheckpointError:
-    return CheckpointError(f"an average needs its state as it was written, got an invalid {key} in {reader.folder}")
+def _model_beside(contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the names and keys of the model nearest to an average; {} if none has a name of the average."""
+    while key:
+        key = key.rpartition(".")[0]
+        inside = (entry for entry in contents.inside(key) if _OF_MODEL.fullmatch(entry.rpartition(".")[2]))
+        itself = [key] if key in contents.entries else []
+        found = [contents.weights(entry) for entry in (join(key, MODEL), *inside, *itself)]
+        best = max(found, key=lambda names: len(averaged.keys() & names))
+        if not averaged.keys().isdisjoint(best):
+            return best
+    return {}

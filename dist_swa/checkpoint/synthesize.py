@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dist_swa.averaging.rules import PowerEMA
+from dist_swa.checkpoint.entries import Contents
 from dist_swa.checkpoint.merge import checked_paths, write_combination
-from dist_swa.checkpoint.sources import Source, entries_in, open_reader, open_source
+from dist_swa.checkpoint.readers import open_reader
+from dist_swa.checkpoint.sources import Source, open_source
 from dist_swa.collectives import raise_on_all
-from dist_swa.storage.reader import CheckpointReader
 
 _CHUNK_MODELS = 1 << 16  # models whose coefficients are in memory at a time
 _MAX_MODELS = 10**8  # more take minutes
@@ -89,8 +90,7 @@ def _power_coefficients(models: Tensor, num_models: int, rule: PowerEMA) -> Tens
 
 def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[int, PowerEMA]]]:
     """Return the averages by `PowerEMA` in a checkpoint, with their numbers of models and rules."""
-    reader = open_reader(path)
-    entries = entries_in(reader) if isinstance(reader, CheckpointReader) else {}
+    entries = Contents(open_reader(path)).entries
     averages = {name: entry.average for name, entry in entries.items() if entry.average}
     found = []
     for name, average in averages.items():

@@ -1,0 +1,238 @@
+"""The entries of a checkpoint: averages, weights and optimizer states, found by their keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_swa.averaging.format import FORMAT_VERSION
+from dist_swa.checkpoint.safetensors_io import SafetensorsReader, Spec
+from dist_swa.storage.reader import CheckpointError, CheckpointReader
+
+TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
+_OPTIMIZER = re.compile(r"optim(izer)?s?")
+KeyPath = tuple[str, ...]
+
+
+class Reader(Protocol):
+    """Tensors and other values by dotted keys. The shape and dtype of other values are None."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    def shape(self, key: str) -> torch.Size | None: ...
+    def dtype(self, key: str) -> torch.dtype | None: ...
+    def read(self, key: str) -> Any: ...
+
+
+class Average(NamedTuple):
+    """What a checkpoint says about an average. `step` is None if it is unknown."""
+
+    rule: str
+    num_averaged: int
+    step: int | None
+
+
+class Entry(NamedTuple):
+    """The keys of an entry by name. Of an average: those of its first slot and its buffers."""
+
+    stored: dict[str, str]
+    average: Average | None = None
+    has_optimizer: bool = False  # it is the state of an optimizer, or has one inside
+
+
+class Contents:
+    """The `entries` of a reader by key: first the averages, such as "swa" or "swa.ema_long", then others, sorted.
+
+    An entry is a dict that directly has tensors, with the dicts inside it. An average is one entry, and so is the state
+    of an optimizer; dicts around them are split. Where the file does not say where the dots of a key come from, an
+    entry is as short as possible.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._paths = _paths_of(reader)
+        self._prefix = "" if isinstance(reader, SafetensorsReader) else "module."  # of a DDP module's state dict
+        averages = _averages_in(reader)
+        optimizers = _optimizers_in(self._paths)
+        self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
+        self._around = {key for region in self._regions for key in _parents(region.split("."))}
+        around_optimizers = {key for region in optimizers for key in _parents(region.split("."))}
+        self._plain = [
+            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *_parents(key.split(".")), key])
+        ]
+        tensors = [key for key in self._plain if reader.shape(key) is not None]
+        self._is_uncertain = any(self._paths[key] is None and "." in key for key in tensors)
+        self._dicts = {".".join(path[:-1]) for key in tensors if (path := self._paths[key])} - {TOP_LEVEL}
+
+        grouped: dict[str, list[str]] = defaultdict(list)
+        for key in self._plain:
+            grouped[self._entry_of(key)].append(key)
+        others = {
+            entry: Entry(self._names(entry, grouped[entry]), None, entry in around_optimizers)
+            for entry in {self._entry_of(key) for key in tensors}
+        }
+        for key in optimizers:
+            if self._has_tensors(names := below(reader, key)):
+                others[key] = Entry(names, None, True)
+        self.entries = {
+            key: Entry(below(reader, join(key, "slots.0")) | below(reader, join(key, "buffers")), average)
+            for key, average in averages.items()
+        } | dict(sorted(others.items()))
+
+    def weights(self, key: str) -> dict[str, str]:
+        """Return the keys of an entry, or of all tensors below the prefix `key`, by name.
+
+        They are empty where there are none, or where an optimizer or an average is inside.
+        """
+        if key == TOP_LEVEL and (key not in self.entries or self._is_uncertain):
+            names = {} if self._regions else self._names(key, self._plain)
+        elif key in self.entries:
+            entry = self.entries[key]
+            names = {} if entry.average or entry.has_optimizer else entry.stored
+        elif key in self._around:
+            names = {}
+        else:
+            names = self._names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
+        return names if self._has_tensors(names) else {}
+
+    def inside(self, key: str) -> list[str]:
+        """Return the entries below `key`."""
+        return [entry for entry in self.entries if entry.startswith(f"{key}." if key else "") and entry != key]
+
+    def _names(self, entry: str, keys: Iterable[str]) -> dict[str, str]:
+        """Return keys by name, without the prefix that all of them have if a DDP module was saved."""
+        names = {key.removeprefix(join(entry, "")): key for key in keys}
+        prefix = self._prefix if all(name.startswith(self._prefix) for name in names) else ""
+        return {name.removeprefix(prefix): key for name, key in names.items()}
+
+    def _has_tensors(self, names: Mapping[str, str]) -> bool:
+        return any(self.reader.shape(stored) is not None for stored in names.values())
+
+    def _entry_of(self, key: str) -> str:
+        path = self._paths[key]
+        parents = _parents(path or key.split("."))
+        found = (p for p in parents if p not in self._around and (path is None or p in self._dicts))
+        return next(found, parents[-1] if parents else TOP_LEVEL)
+
+
+def join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def below(reader: Reader, key: str) -> dict[str, str]:
+    """Return the keys below `key` by what follows it."""
+    prefix = join(key, "")
+    return {stored.removeprefix(prefix): stored for stored in reader.keys if stored.startswith(prefix)}
+
+
+def spec_of(reader: Reader, key: str) -> Spec | None:
+    """Return the shape and dtype of a tensor; None for other values."""
+    shape, dtype = reader.shape(key), reader.dtype(key)
+    return None if shape is None or dtype is None else Spec(shape, dtype)
+
+
+def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
+    """Return the keys of the nested dicts that each value was saved in; None where the file does not say."""
+    if not isinstance(reader, CheckpointReader):
+        paths: Mapping[str, KeyPath] = getattr(reader, "paths", {})
+        return {key: paths.get(key, (key,)) for key in reader.keys}
+    data = reader.metadata.planner_data  # written by DCP's default planner; others write what they like
+    found: dict[str, KeyPath | None] = {}
+    for key in reader.keys:
+        given = data.get(key) if isinstance(data, dict) else None
+        path = tuple(map(str, given)) if isinstance(given, tuple | list) else ()
+        found[key] = path if ".".join(path) == key else None
+    return found
+
+
+def _parents(path: Sequence[str]) -> list[str]:
+    """Return "a" and "a.b" for (a, b, c)."""
+    return [".".join(path[:end]) for end in range(1, len(path))]
+
+
+def _optimizers_in(paths: Mapping[str, KeyPath | None]) -> set[str]:
+    """Return the keys of optimizer states: dicts of such a name, and those with "param_groups".
+
+    In a flattened state, the path of a tensor ends with one key, such as "state.layers.0.weight.exp_avg".
+    """
+    found = set()
+    for key, path in paths.items():
+        parts = path or tuple(key.split("."))
+        for i, part in enumerate(parts):
+            if part.partition(".")[0] == "param_groups":
+                found.add(".".join(parts[:i]))
+                break
+            if _OPTIMIZER.fullmatch(part) and i + 1 < len(parts):
+                found.add(".".join(parts[: i + 1]))
+                break
+    return found
+
+
+def _averages_in(reader: Reader) -> dict[str, Average]:
+    found, keys = {}, set(reader.keys)
+    for version_key in reader.keys:
+        key, _, last = version_key.rpartition(".")
+        if last != "format_version" or join(key, "num_averaged") not in keys:
+            continue
+        if (version := integers(reader, version_key)[0]) > FORMAT_VERSION:
+            raise ValueError(
+                f"reading needs format_version <= {FORMAT_VERSION}, got {version_key}={version} in {reader.folder};"
+                " update dist_swa"
+            )
+        rule = next(iter(below(reader, join(key, "rule")).values()), None)
+        if rule is None:
+            raise damaged(reader, join(key, "rule"))
+        text = _bytes(reader, rule).rstrip(b"\0").decode(errors="replace")
+        found[key] = Average(text, integers(reader, join(key, "num_averaged"))[0], _step(reader, key))
+    return found
+
+
+def _schedules_of(reader: Reader, averages: Iterable[str]) -> set[str]:
+    """Return the keys of schedules beside several averages of one `SWA`."""
+    parents = {key.rpartition(".")[0] for key in averages if key}
+    return {join(parent, "schedule") for parent in parents if join(parent, "schedule.now") in reader.keys}
+
+
+def _step(reader: Reader, key: str) -> int | None:
+    """Return the optimizer step of an average from its schedule, or from the name of a `CheckpointFolder`'s folder."""
+    for parent in (key, key.rpartition(".")[0]):
+        if (now := join(parent, "schedule.now")) in reader.keys:
+            return integers(reader, now)[0]
+    found = re.fullmatch(r"step-(\d+)", reader.folder.resolve().name)
+    return int(found[1]) if found else None
+
+
+def integers(reader: Reader, key: str) -> list[int]:
+    value = reader.read(key) if key in reader.keys else None
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or not 0 < value.numel() < 1e6:
+        raise damaged(reader, key)
+    return [int(number) for number in value.flatten().to(torch.int64).tolist()]
+
+
+def _bytes(reader: Reader, key: str) -> bytes:
+    if reader.dtype(key) != torch.uint8:
+        raise damaged(reader, key)
+    return bytes(integers(reader, key))
+
+
+def strings(reader: Reader, key: str) -> list[str]:
+    try:
+        names = json.loads(_bytes(reader, key))
+    except (ValueError, RecursionError) as error:
+        raise damaged(reader, key) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged(reader, key)
+    return names
+
+
+def damaged(reader: Reader, key: str) -> CheckpointError:
+    return CheckpointError(f"an average needs its state as it was written, got an invalid {key} in {reader.folder}")
