@@ -157,7 +157,13 @@ PRIVATE: dict[str, dict[str, int]] = {
     },
     "sharding.shard": {"_dtensor_spec": 2},
     "sharding.wrappers": {"_buffers": 2, "_orig_mod": 1},
-    "storage.metadata": {"_MEM_FORMAT_ENCODING": 1, "_StorageInfo": 1, "_Unpickler": 3, "_get_layout": 1},
+    "storage.metadata": {
+        "_MEM_FORMAT_ENCODING": 1,
+        "_StorageInfo": 3,
+        "_StoragePrefix": 1,
+        "_Unpickler": 3,
+        "_get_layout": 1,
+    },
 }
 
 
