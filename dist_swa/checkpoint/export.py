@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
-from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, checked_cast, files_of, write_safetensors
+from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.cast import check_dtype, checked_cast
+from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
@@ -44,7 +46,9 @@ def export(
         source: a live average, then every rank must call (a collective). Or the path of a checkpoint; this needs no
             process group and no GPU. In a process group every rank must call, and the ranks share the files.
         out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
-            ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``.
+            ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
+            folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
+            are copied into the folder: configurations, tokenizer, processor, chat templates.
         key: the name of one of several live averages. Of a checkpoint the entry, such as "swa", "swa.ema_long" or
             "model"; default: the only average, or the only entry if there is no average. "" is the top level, as of
             ``dcp.save(model.state_dict())``. Parameters that are not averaged come from the entry "model".
@@ -61,10 +65,7 @@ def export(
     read-only; and what `open_checkpoint` raises. Every rank raises the same error, and `out` is not created.
     """
     out = Path(out)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"export needs a floating torch.dtype, got dtype={dtype!r}; leave it out, or pass torch.bfloat16"
-        )
+    check_dtype("export", dtype)
     if isinstance(source, SWA | ShardedAverage):
         _export_live(source.average if isinstance(source, SWA) else source, out, key, dtype, progress)
     elif isinstance(source, str | Path):
@@ -78,11 +79,17 @@ def export(
 def _export_stored(path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, progress: bool) -> None:
     with raise_on_all():
         source = open_source(path, key)
-        specs = {name: _converted_spec(spec, dtype) for name, spec in source.specs.items()}
+        specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
         files = files_of(specs, out)
         _warn_of_skipped(source.skipped)
+
+    def read(name: str) -> Tensor:
+        return checked_cast(name, source.read(name), specs[name].dtype)
+
     with atomic_output(out, None) as partial:
-        write_safetensors(files, partial, lambda name: _converted(name, source.read(name), dtype), None, progress)
+        write_safetensors(files, partial, read, None, progress)
+        if out.suffix != SUFFIX and rank_and_world_size(None)[0] == 0:
+            copy_beside(path, partial)
 
 
 def _export_live(
@@ -99,15 +106,16 @@ def _export_live(
         state = average.sharded_state_dict(key)
     with raise_on_all(group):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        files = files_of({n: _converted_spec(Spec(t.shape, t.dtype), dtype) for n, t in tensors.items()}, out)
+        specs = {name: Spec(tensor.shape, tensor.dtype).in_dtype(dtype) for name, tensor in tensors.items()}
+        files = files_of(specs, out)
         _warn_of_skipped(sorted(state.keys() - tensors.keys()))
     with atomic_output(out, group) as partial:
         shards = partial / _SHARDED
-        planner = _ConvertingPlanner(dtype)
+        planner = _ConvertingPlanner(specs)
         with unwrap_dcp_errors(), no_group_is_fine():
             dcp_save(tensors, storage_writer=_ShardWriter(shards, files), planner=planner, process_group=group)
         with raise_on_all(group):
-            reader = _ShardReader(shards, {name: spec for file in files.values() for name, spec in file.items()})
+            reader = _ShardReader(shards, specs)
             write_safetensors(files, partial, reader.read, group, progress)
         if rank_and_world_size(group)[0] == 0:
             shutil.rmtree(shards)
@@ -131,12 +139,13 @@ class _ShardWriter(HuggingFaceStorageWriter):
 class _ConvertingPlanner(DefaultSavePlanner):
     """Converts and copies a tensor when it is written: safetensors refuse tied tensors and strided views."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self._dtype = dtype
+        self._specs = specs
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        tensor = _converted(write_item.index.fqn, object.detach().cpu(), self._dtype)
+        name = write_item.index.fqn
+        tensor = checked_cast(name, object.detach().cpu(), self._specs[name].dtype)
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -166,16 +175,6 @@ class _ShardReader:
                 " call it, on a file system that all of them see"
             )
         return full
-
-
-def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:
-    return Spec(spec.shape, dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype)
-
-
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point():
-        return tensor
-    return checked_cast(name, tensor, dtype, "choose torch.bfloat16")
 
 
 def _warn_of_skipped(names: list[str]) -> None:

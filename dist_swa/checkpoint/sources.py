@@ -59,6 +59,14 @@ class Source:
             total += self._reader.read(key)
         return total.div_(1 + len(others)) if others else total
 
+    @property
+    def step(self) -> int | None:
+        """The optimizer step that the schedule of an average in the same checkpoint has counted."""
+        if not isinstance(self._reader, CheckpointReader):
+            return None
+        counted = [key for key in self._reader.keys if key.endswith(".schedule.now")]
+        return max((_integers(self._reader, key)[0] for key in counted), default=None)
+
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
 
