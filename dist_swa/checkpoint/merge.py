@@ -85,7 +85,8 @@ def merge(
         coefficients = _coefficients(len(paths), rule, weights, normalize)
         terms = make_terms(paths, [open_source(path, key) for path in paths], coefficients)
         warn_unless_oldest_first(terms)
-    made_by = record(terms, command="merge", rule=repr(rule) if weights is None else None)
+    facts = {"rule": repr(rule) if weights is None else None, "dtype": None if dtype is None else str(dtype)}
+    made_by = record(terms, command="merge", **facts)
     write_combination(terms, Path(out), made_by, progress, dtype, heading=table(terms) if progress else "")
 
 

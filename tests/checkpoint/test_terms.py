@@ -173,13 +173,16 @@ def test_a_merge_records_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "date": datetime.now(UTC).date().isoformat(),
         "command": "merge",
         "rule": None,
+        "dtype": None,
         "sources": [
             {"path": str(path) if isinstance(path, Path) else path, "key": key, "step": step, "weight": weight}
             for path, key, step, weight in zip(sources, keys, steps, [0.75, 0.25], strict=True)
         ],
     }
-    checkpoint.merge(sources, "second.safetensors", key="model", rule=DecayShaped("linear", total=2))
-    assert record_in(Path("second.safetensors"))["rule"] == repr(DecayShaped("linear", total=2))
+    rule = DecayShaped("linear", total=2)
+    checkpoint.merge(sources, "second.safetensors", key="model", rule=rule, dtype=torch.bfloat16)
+    found = record_in(Path("second.safetensors"))
+    assert (found["rule"], found["dtype"]) == (repr(rule), "torch.bfloat16")
 
 
 def test_the_record_in_a_checkpoint_is_covered_by_its_checksums(tmp_path: Path) -> None:
