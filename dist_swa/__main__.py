@@ -117,7 +117,13 @@ _key = click.option(
     help="""the entry of a checkpoint, as "swa" or "app.model"; "" is the top level of the saved state dict; default:
     the only average, or without one the only entry that is not an optimizer""",
 )
-_quiet = click.option("--quiet", is_flag=True, help="no progress bar")
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    callback=lambda _context, _option, name: name and getattr(torch, name),
+    help="of floating tensors",
+)
+_quiet = click.option("--quiet", is_flag=True, help="no progress bar, and no list of the sources of a merge")
 
 
 @_cli.command("inspect", epilog=_EXAMPLES)
@@ -183,14 +189,15 @@ def _cell(value: Any) -> str:
 @click.argument("source")
 @click.argument("out")
 @_key
-@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="of floating tensors")
+@_dtype
+@click.option("--only", type=click.Choice(["averaged"]), help="the averaged parameters only, as of a LoRA adapter")
 @_quiet
-def _export(dtype: str | None, quiet: bool, **options: Any) -> None:
+def _export(quiet: bool, **options: Any) -> None:
     """Write an average as safetensors.
 
     OUT is a new folder, or a new .safetensors file.
     """
-    checkpoint.export(dtype=getattr(torch, dtype) if dtype else None, progress=not quiet, **options)
+    checkpoint.export(progress=not quiet, **options)
 
 
 def _numbers(text: str) -> list[float]:
@@ -204,9 +211,13 @@ def _numbers(text: str) -> list[float]:
 @click.option("--rule", help=f"{_RULES}; default: equal")
 @click.option("--weights", type=_numbers, metavar="W1,W2,...", help="one for each source, instead of a rule")
 @click.option("--no-normalize", is_flag=True, help="do not divide --weights by their sum")
+@_dtype
 @_quiet
 def _merge(rule: str | None, weights: list[float] | None, no_normalize: bool, quiet: bool, **options: Any) -> None:
-    """Average checkpoints or safetensors, oldest first."""
+    """Average checkpoints or safetensors, oldest first.
+
+    The step and the weight of each source are printed first. In a shell, checkpoint-* gives 1000, 1500, 500.
+    """
     if weights is not None and rule is not None:
         raise click.UsageError("merge needs --rule or --weights, got both; leave one out")
     if weights is None and no_normalize:

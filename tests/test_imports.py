@@ -158,7 +158,13 @@ PRIVATE: dict[str, dict[str, int]] = {
     "sharding.model": {"_save_to_state_dict": 2},
     "sharding.shard": {"_dtensor_spec": 2, "_local_tensor": 1},
     "sharding.wrappers": {"_buffers": 2, "_orig_mod": 1},
-    "storage.metadata": {"_MEM_FORMAT_ENCODING": 1, "_StorageInfo": 1, "_Unpickler": 3, "_get_layout": 1},
+    "storage.metadata": {
+        "_MEM_FORMAT_ENCODING": 1,
+        "_StorageInfo": 3,
+        "_StoragePrefix": 1,
+        "_Unpickler": 3,
+        "_get_layout": 1,
+    },
 }
 
 

@@ -6,6 +6,7 @@ A checkpoint is a folder of torch.distributed.checkpoint (DCP); plain dcp.load r
 | --- | --- |
 | `__<rank>_0.distcp` | the tensors and values that a rank wrote |
 | `.metadata` | DCP's index: the file and the offset of each tensor |
+| `dist_swa.json` | after a merge: the paths, steps and weights of its sources |
 | `SHA256SUMS` | the checksums of all other files; `sha256sum --check SHA256SUMS` |
 
 An average, such as the entry "swa" of ``{"swa": swa}``, has only tensors. Its keys, version 1 of the format:

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
-from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, checked_cast, files_of, write_safetensors
+from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.cast import check_dtype, checked_cast
+from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.sharding.opaque import is_opaque
@@ -49,7 +51,9 @@ def export(
             torch.distributed.checkpoint, the checkpoint of a trainer with an average in it (transformers, accelerate,
             Lightning), safetensors or a file of torch.save, or a folder of one of the two as transformers saves it.
         out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
-            ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``.
+            ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
+            folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
+            are copied into the folder: configurations, tokenizer, processor, chat templates.
         key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
             "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
             the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
@@ -71,28 +75,33 @@ def export(
     run code. Every rank raises the same error, and `out` is not created.
     """
     out = Path(out)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"export needs a floating torch.dtype, got dtype={dtype!r}; leave it out, or pass torch.bfloat16"
-        )
+    check_dtype("export", dtype)
     if isinstance(source, SWA | ShardedAverage):
         _export_live(source.average if isinstance(source, SWA) else source, out, key, dtype, only, progress)
     elif isinstance(source, str | Path):
-        _export_stored(source, out, key, dtype, progress)
+        _export_stored(source, out, key, dtype, only, progress)
     else:
         raise TypeError(
             f"export needs an SWA, a ShardedAverage or a path, got source={type(source).__name__}; pass one"
         )
 
 
-def _export_stored(path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, progress: bool) -> None:
+def _export_stored(
+    path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, only: str | None, progress: bool
+) -> None:
     with raise_on_all():
-        source = open_source(path, key)
-        specs = {name: _converted_spec(spec, dtype) for name, spec in source.specs.items()}
+        source = open_source(path, key, only)
+        specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
         files = files_of(specs, out)
         _warn_of_skipped(source.skipped)
+
+    def read(name: str) -> Tensor:
+        return checked_cast(name, source.read(name), specs[name].dtype)
+
     with atomic_output(out, None) as partial:
-        write_safetensors(files, partial, lambda name: _converted(name, source.read(name), dtype), None, progress)
+        write_safetensors(files, partial, read, None, progress)
+        if out.suffix != SUFFIX and rank_and_world_size(None)[0] == 0:
+            copy_beside(path, partial)
 
 
 def _export_live(
@@ -110,15 +119,16 @@ def _export_live(
     with raise_on_all(group):
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         _check_are_plain(tensors)
-        files = files_of({n: _converted_spec(Spec(t.shape, t.dtype), dtype) for n, t in tensors.items()}, out)
+        specs = {name: Spec(tensor.shape, tensor.dtype).in_dtype(dtype) for name, tensor in tensors.items()}
+        files = files_of(specs, out)
         _warn_of_skipped(sorted(state.keys() - tensors.keys()))
     with atomic_output(out, group) as partial:
         shards = partial / _SHARDED
-        planner = _ConvertingPlanner(dtype)
+        planner = _ConvertingPlanner(specs)
         with unwrap_dcp_errors(), no_group_is_fine():
             dcp_save(tensors, storage_writer=_ShardWriter(shards, files), planner=planner, process_group=group)
         with raise_on_all(group):
-            reader = _ShardReader(shards, {name: spec for file in files.values() for name, spec in file.items()})
+            reader = _ShardReader(shards, specs)
             write_safetensors(files, partial, reader.read, group, progress)
         if rank_and_world_size(group)[0] == 0:
             shutil.rmtree(shards)
@@ -142,12 +152,13 @@ class _ShardWriter(HuggingFaceStorageWriter):
 class _ConvertingPlanner(DefaultSavePlanner):
     """Converts and copies a tensor when it is written: safetensors refuse tied tensors and strided views."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self._dtype = dtype
+        self._specs = specs
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        tensor = _converted(write_item.index.fqn, object.detach().cpu(), self._dtype)
+        name = write_item.index.fqn
+        tensor = checked_cast(name, object.detach().cpu(), self._specs[name].dtype)
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -186,16 +197,6 @@ def _check_are_plain(tensors: Mapping[str, Tensor]) -> None:
                 f"safetensors need plain tensors, got {name}={type(to_local(tensor)).__name__}; pass only='averaged' to"
                 " leave it out, or save its module's state dict with torch.save"
             )
-
-
-def _converted_spec(spec: Spec, dtype: torch.dtype | None) -> Spec:
-    return Spec(spec.shape, dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype)
-
-
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point():
-        return tensor
-    return checked_cast(name, tensor, dtype, "choose torch.bfloat16")
 
 
 def _warn_of_skipped(names: list[str]) -> None:

@@ -18,21 +18,22 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
 from dist_swa.averaging.rules import Equal, Rule
+from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.cast import BLOCK_NUMEL, check_dtype, checked_cast
 from dist_swa.checkpoint.safetensors_io import (
     SUFFIX,
     Spec,
     atomic_output,
     check_new,
-    checked_cast,
+    created,
     files_of,
     write_safetensors,
 )
 from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.checkpoint.terms import RECORD, Term, make_terms, record, table, warn_unless_oldest_first
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.storage.writer import CheckpointWriter
-
-_BLOCK_NUMEL = 1 << 16  # elements converted to float64 at a time
 
 
 def merge(
@@ -43,23 +44,32 @@ def merge(
     rule: Rule = Equal(),
     weights: Sequence[float] | None = None,
     normalize: bool = True,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> None:
     """Write the weighted average of `sources`, oldest first, to `out`. A collective if there is a process group.
 
-    Tensors are summed in float64 and rounded once to their own dtype, so a single source keeps its bits. Tensors that
-    are not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
+    Tensors are summed in float64 and rounded once to their dtype, so a single source keeps its bits. Tensors that are
+    not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
+
+    The order of sources is never changed. One warning says if their steps do not rise, as in ``checkpoint-*`` of a
+    shell. The steps are those in the checkpoints if all have one, else the numbers in names.
 
     Args:
         sources: paths of what `export` reads, also mixed.
-        out: a path where nothing exists. A name that ends in ".safetensors" becomes a file; any other a folder in the
-            format of the last source: safetensors, or a checkpoint with the entry "model".
+        out: a path where nothing exists. A name that ends in ".safetensors" becomes a file; any other a folder: a
+            checkpoint with the entry "model" if the last source is a checkpoint of torch.distributed.checkpoint, else
+            safetensors. What was merged (paths, keys, steps, weights, rule, date) is in its ``dist_swa.json``, or under
+            "dist_swa" in the metadata of the file. Beside safetensors, the folder has the files that from_pretrained
+            reads, from the last source if that is a folder or a ``model.safetensors``: configurations, tokenizer,
+            processor, chat templates.
         key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
         rule: the weight of each source by its position, such as ``DecayShaped(shape, total=len(sources))``,
             arXiv:2507.17634. An EMA with a half-life is refused.
         weights: the weight of each source, instead of a rule. Negative weights warn.
         normalize: whether `weights` are divided by their sum.
-        progress: whether the first rank shows a progress bar.
+        dtype: of all floating tensors; default: their own. Complex tensors keep theirs.
+        progress: whether the first rank prints the step and weight of each source, and shows a progress bar.
 
     In a process group the ranks share the work: by files for safetensors, by tensors for a checkpoint. Memory per rank:
     five times the largest tensor in float32.
@@ -71,10 +81,14 @@ def merge(
     created.
     """
     with raise_on_all():
+        check_dtype("merge", dtype)
         paths = checked_paths(sources)
         coefficients = _coefficients(len(paths), rule, weights, normalize)
-        opened = [open_source(path, key) for path in paths]
-    write_combination(opened, coefficients, Path(out), progress)
+        terms = make_terms(paths, [open_source(path, key) for path in paths], coefficients)
+        warn_unless_oldest_first(terms)
+    facts = {"rule": repr(rule) if weights is None else None, "dtype": None if dtype is None else str(dtype)}
+    made_by = record(terms, command="merge", **facts)
+    write_combination(terms, Path(out), made_by, progress, dtype, heading=table(terms) if progress else "")
 
 
 def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
@@ -119,20 +133,41 @@ def _finite(weights: Sequence[float], count: int) -> list[float]:
     )
 
 
-def write_combination(sources: Sequence[Source], coefficients: Sequence[float], out: Path, progress: bool) -> None:
-    """Write the sum of `sources`, each times its coefficient, as described in `merge`. A collective."""
-    with raise_on_all():
-        specs = _common_specs(sources)
-        files = None if sources[-1].is_checkpoint and out.suffix != SUFFIX else files_of(specs, out)
-        if skipped := sources[-1].skipped:
-            warnings.warn(f"a merge stores tensors only; not written: {', '.join(skipped)}", stacklevel=3)
+def write_combination(
+    terms: Sequence[Term],
+    out: Path,
+    made_by: str,
+    progress: bool,
+    dtype: torch.dtype | None = None,
+    heading: str = "",
+) -> None:
+    """Write the sum of the sources, each times its weight, as described in `merge`. A collective.
 
-    read = partial(_weighted_sum, sources=sources, coefficients=coefficients)
-    if files is None:
-        _write_checkpoint(specs, out, read, progress)
+    `made_by` is the record of what was done. The first rank prints `heading` before the work starts.
+    """
+    is_first = rank_and_world_size(None)[0] == 0
+    with raise_on_all():
+        check_new(out)
+        last = terms[-1]
+        specs = {name: spec.in_dtype(dtype) for name, spec in _common_specs([term.source for term in terms]).items()}
+        is_checkpoint = out.suffix != SUFFIX and last.source.is_checkpoint
+        files = {} if is_checkpoint else files_of(specs, out)
+        if last.source.skipped:
+            warnings.warn(f"a merge stores tensors only; not written: {', '.join(last.source.skipped)}", stacklevel=3)
+        if heading and is_first:
+            print(heading, flush=True)
+
+    read = partial(_weighted_sum, specs=specs, terms=terms)
+    if is_checkpoint:
+        _write_checkpoint(specs, out, read, progress, made_by)
         return
+    is_file = out.suffix == SUFFIX
     with atomic_output(out, None) as folder:
-        write_safetensors(files, folder, read, None, progress)
+        write_safetensors(files, folder, read, None, progress, {"dist_swa": made_by} if is_file else None)
+        if not is_file and is_first:
+            copy_beside(last.path, folder)
+            with created(folder / RECORD) as file:
+                file.write(made_by.encode())
 
 
 def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
@@ -167,36 +202,36 @@ def _tied_name(name: str, having: Sequence[Source], lacking: Sequence[Source]) -
     return next(found, None)
 
 
-def _weighted_sum(name: str, sources: Sequence[Source], coefficients: Sequence[float]) -> Tensor:
-    """Return the weighted sum of one tensor. A source with coefficient 0 is not read: it may contain infinity."""
-    shape, dtype = sources[-1].specs[name]
+def _weighted_sum(name: str, specs: Mapping[str, Spec], terms: Sequence[Term]) -> Tensor:
+    """Return the weighted sum of one tensor. A source with weight 0 is not read: it may contain infinity."""
+    shape, dtype = specs[name]
     if not (dtype.is_floating_point or dtype.is_complex):
-        return sources[-1].read(name)
+        return terms[-1].source.read(name)
     parts = (*shape, 2) if dtype.is_complex else shape
     total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # -0.0 + x keeps the sign of a zero x
-    for source, coefficient in zip(sources, coefficients, strict=True):
-        if coefficient != 0:
-            _add(total, source.read(name), coefficient)
-    result = checked_cast(name, total, dtype.to_real(), "choose smaller weights").view(parts)
+    for term in terms:
+        if term.weight != 0:
+            _add(total, term.source.read(name), term.weight)
+    result = checked_cast(name, total, dtype.to_real(), "choose smaller weights, or another dtype").view(parts)
     return torch.view_as_complex(result) if dtype.is_complex else result
 
 
 def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
     """Add `values` times `coefficient` to the flat float64 `total`, a block at a time to save memory."""
     values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
-    for start in range(0, len(values), _BLOCK_NUMEL):
-        block = slice(start, start + _BLOCK_NUMEL)
+    for start in range(0, len(values), BLOCK_NUMEL):
+        block = slice(start, start + BLOCK_NUMEL)
         total[block] += values[block].to(torch.float64) * coefficient
 
 
-def _write_checkpoint(specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool) -> None:
+def _write_checkpoint(
+    specs: Mapping[str, Spec], out: Path, read: Callable[[str], Tensor], progress: bool, made_by: str
+) -> None:
     """Write a checkpoint with the entry "model". The ranks take its tensors in turn."""
-    with raise_on_all():
-        check_new(out)
     rank, ranks = rank_and_world_size(None)
     mine = list(specs.items())[rank::ranks]
     state = {MODEL: {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in mine}}
-    writer = CheckpointWriter(out, one_file_per_tensor=True)
+    writer = CheckpointWriter(out, one_file_per_tensor=True, beside={RECORD: made_by.encode()})
     with (
         writer.cleaned_up(),
         unwrap_dcp_errors(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -57,22 +56,12 @@ class Spec(NamedTuple):
     def num_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
+    def in_dtype(self, dtype: torch.dtype | None) -> Spec:
+        """Return the spec of an output that has `dtype`, if it is not None, for floating tensors."""
+        return Spec(self.shape, dtype if dtype is not None and self.dtype.is_floating_point else self.dtype)
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-
-
-def checked_cast(name: str, tensor: Tensor, dtype: torch.dtype, advice: str) -> Tensor:
-    """Return a floating `tensor` in `dtype`; ValueError if a finite value overflows. NaN and infinity are kept."""
-    result, info = tensor.to(dtype), torch.finfo(dtype)
-    if info.max < torch.finfo(tensor.dtype).max:
-        limit = info.max + info.eps * 2.0 ** (math.frexp(info.max)[1] - 2)  # values below it round to info.max
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8-bit dtypes have no comparison
-        is_large = (values >= limit) | (values <= -limit)
-        if is_large.any() and len(lost := values[is_large & (result.to(values.dtype) != values)]):
-            raise ValueError(
-                f"a tensor needs values that {dtype} can hold, got {lost.abs().max():g} in {name}; {advice}"
-            )
-    return result
 
 
 class SafetensorsReader:
@@ -120,18 +109,19 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     group: dist.ProcessGroup | None,
     progress: bool,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `files` into `folder`, and an index if there are several. Local: each rank writes its share of the files.
 
-    `read` returns a tensor by name. One tensor is in memory at a time, so the header is written here:
-    `safetensors.serialize_file` needs all tensors of a file at once.
+    `read` returns a tensor by name. `metadata` is text for the header of each file. One tensor is in memory at a time,
+    so the header is written here: `safetensors.serialize_file` needs all tensors of a file at once.
     """
     rank, ranks = rank_and_world_size(group)
     mine = list(files.items())[rank::ranks]
     with tqdm(total=sum(len(specs) for _, specs in mine), unit="tensor", disable=not progress or rank > 0) as bar:
         for name, specs in mine:
-            with _created(folder / name) as file:
-                file.write(_header(specs))
+            with created(folder / name) as file:
+                file.write(_header(specs, {"format": "pt", **(metadata or {})}))
                 for key in specs:
                     file.write(read(key).contiguous().flatten().view(torch.uint8).numpy().data)
                     bar.update()
@@ -139,7 +129,7 @@ def write_safetensors(
         total_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
         weight_map = {key: name for name, specs in files.items() for key in specs}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        with _created(folder / INDEX) as file:
+        with created(folder / INDEX) as file:
             file.write(json.dumps(index, indent=2).encode())
 
 
@@ -210,7 +200,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[IO[bytes]]:
+def created(path: Path) -> Iterator[IO[bytes]]:
     try:
         with path.open("xb") as file:
             yield file
@@ -220,8 +210,8 @@ def _created(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _header(specs: Mapping[str, Spec]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, spec in specs.items():
         start, end = end, end + spec.num_bytes

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_swa.averaging.checks import check_only
 from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
 from dist_swa.checkpoint.readers import open_reader
 from dist_swa.storage.reader import CheckpointReader
@@ -61,6 +62,12 @@ class Source:
         """Give the tensor `other` one more name."""
         self._stored[name], self.specs[name] = self._stored[other], self.specs[other]
 
+    @property
+    def step(self) -> int | None:
+        """The optimizer step that the schedule of an average in the same checkpoint has counted."""
+        counted = [key for key in self._reader.keys if key.endswith("schedule.now")]
+        return max((integers(self._reader, key)[0] for key in counted), default=None)
+
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
 
@@ -70,23 +77,30 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.flatten()[:, None].view(torch.uint8)
 
 
-def open_source(path: str | Path, key: str | None = None) -> Source:
+def open_source(path: str | Path, key: str | None = None, only: str | None = None) -> Source:
     """Return the weights of the entry `key`, or of all below it; a file of weights alone needs no key.
 
-    The default is the only average, or without one the only entry that has no optimizer. Raises ValueError, with the
-    keys to choose from, if that is not one entry, or if an optimizer or an average is inside of `key`.
+    The default is the only average, or without one the only entry that has no optimizer. With ``only="averaged"`` they
+    are the averaged parameters. Raises ValueError, with the keys to choose from, if that is not one entry, or if an
+    optimizer or an average is inside of `key`.
     """
+    check_only(only)
     contents = Contents(open_reader(path))
     entries, reader = contents.entries, contents.reader
     averages = [name for name, entry in entries.items() if entry.average]
     weights = [name for name in entries if contents.weights(name)]
-    if is_one_model(contents):
+    if is_one_model(contents) and only is None:
         return _open_weights(reader, None, entries[TOP_LEVEL].stored)
     choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
     if key is None and len(choices) == 1:
         (key,) = choices
     if key in averages:
-        return _open_average(contents, key)
+        return _open_average(contents, key, only)
+    if only is not None:
+        raise ValueError(
+            f"only='averaged' needs an average, got {key=} for {path}; pass one of {', '.join(averages) or 'none'}, or"
+            " leave it out"
+        )
     if key is not None and (stored := contents.weights(key)):
         return _open_weights(reader, key, stored)
     has_all = TOP_LEVEL not in entries and len(weights) > 1 and contents.weights(TOP_LEVEL)
@@ -116,7 +130,7 @@ def _open_weights(reader: Reader, key: str | None, stored: Mapping[str, str]) ->
     return Source(reader, key, {name: (stored_key,) for name, stored_key in stored.items()})
 
 
-def _open_average(contents: Contents, key: str) -> Source:
+def _open_average(contents: Contents, key: str, only: str | None) -> Source:
     reader, average = contents.reader, contents.entries[key].average
     if average is None or average.num_averaged == 0:
         raise ValueError(
@@ -127,9 +141,13 @@ def _open_average(contents: Contents, key: str) -> Source:
     if not slots or any(slot.keys() != slots[0].keys() for slot in slots):
         raise damaged(reader, join(key, "slots"))
     stored = {name: tuple(slot[name] for slot in slots) for name in slots[0]}
-    stored |= {name: (buffer,) for name, buffer in below(reader, join(key, "buffers")).items()}
+    buffers = {name: (buffer,) for name, buffer in below(reader, join(key, "buffers")).items()}
     ties = {name: strings(reader, tied) for name, tied in below(reader, join(key, "ties")).items()}
-    stored |= _not_averaged(contents, key, stored, ties)
+    if only:
+        stored = {name: slots_of for name, slots_of in stored.items() if name not in buffers}
+    else:
+        stored |= buffers
+        stored |= _not_averaged(contents, key, stored, ties)
     for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
         stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
     return Source(reader, key, stored)

@@ -15,6 +15,7 @@ from dist_swa.checkpoint.entries import Contents
 from dist_swa.checkpoint.merge import checked_paths, write_combination
 from dist_swa.checkpoint.readers import open_reader
 from dist_swa.checkpoint.sources import Source, open_source
+from dist_swa.checkpoint.terms import make_terms, record
 from dist_swa.collectives import raise_on_all
 
 _CHUNK_MODELS = 1 << 16  # models whose coefficients are in memory at a time
@@ -34,7 +35,7 @@ def synthesize(
 
     arXiv:2312.02696, section 3.2. `sources` are checkpoints of one run in any order. Their averages by `PowerEMA` are
     combined; the paper uses the widths 0.05 and 0.10. With a `key`, only the averages of that name are used. The result
-    is the average at the time of the latest one. `out`, memory and ranks are as in `merge`.
+    is the average at the time of the latest one. `out` (with ``dist_swa.json``), memory and ranks are as in `merge`.
 
     The coefficients x minimise |sum_k x_k c_k - c| and sum to 1, where c_k are the known weights of the N models in
     average k, and c those in the result. This float64 least-squares problem is exact; appendix C solves it in
@@ -46,8 +47,8 @@ def synthesize(
     with raise_on_all():
         rule = PowerEMA(sigma_rel)
         found = [source for path in checked_paths(sources) for source in _power_emas(path, key)]
-        found.sort(key=lambda pair: pair[1][0])  # by time: tensors that are not floating come from the last source
-        opened, known = [source for source, _ in found], [average for _, average in found]
+        found.sort(key=lambda item: item[2][0])  # by time: tensors that are not floating come from the last source
+        known = [average for *_, average in found]
         num_models = known[-1][0]
         coefficients, error = synthesis(known, num_models, rule)
         if not error <= _MAX_ERROR:
@@ -56,7 +57,10 @@ def synthesize(
                 f"synthesize needs averages from which sigma_rel can be made within {_MAX_ERROR:.0%}, got {sigma_rel=}"
                 f" with an error of {error:.0%} from {widths} models; choose one nearer to theirs, or add checkpoints"
             )
-    write_combination(opened, coefficients, Path(out), progress)
+        paths, sources, _ = zip(*found, strict=True)
+        terms = make_terms(paths, sources, coefficients)
+    made_by = record(terms, command="synthesize", rule=repr(rule), relative_error=error)
+    write_combination(terms, Path(out), made_by, progress)
     return error
 
 
@@ -88,8 +92,8 @@ def _power_coefficients(models: Tensor, num_models: int, rule: PowerEMA) -> Tens
     return weights.masked_fill(models > num_models, 0)
 
 
-def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[int, PowerEMA]]]:
-    """Return the averages by `PowerEMA` in a checkpoint, with their numbers of models and rules."""
+def _power_emas(path: str | Path, key: str | None) -> list[tuple[str | Path, Source, tuple[int, PowerEMA]]]:
+    """Return the averages by `PowerEMA` in a checkpoint: its path, the source, the number of models and the rule."""
     entries = Contents(open_reader(path)).entries
     averages = {name: entry.average for name, entry in entries.items() if entry.average}
     found = []
@@ -101,7 +105,7 @@ def _power_emas(path: str | Path, key: str | None) -> list[tuple[Source, tuple[i
                     f"synthesize needs averages of at most {_MAX_MODELS} models, got num_averaged="
                     f"{average.num_averaged} of {name} in {path}; leave it out, or restore it where it is damaged"
                 )
-            found.append((open_source(path, name), (average.num_averaged, PowerEMA(float(match[1])))))
+            found.append((path, open_source(path, name), (average.num_averaged, PowerEMA(float(match[1])))))
     if not found:
         rules = ", ".join(f"{name} by {average.rule}" for name, average in averages.items()) or "no average"
         raise ValueError(

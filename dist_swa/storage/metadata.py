@@ -1,8 +1,9 @@
 """Read DCP's `.metadata` without running code.
 
-The file is a pickle, and unpickling calls whatever the file names. Here a file may name only the members of
-`_ALLOWED`. A prefix such as "torch." would not be safe: many modules of torch import `os`, so that a dotted name
-reaches `os.system`. The opcode BUILD may set fields of DCP's dataclasses only; pickle lets it change any object.
+The file is a pickle, and unpickling calls whatever the file names. Here a file may name only the keys of `_ALLOWED`.
+Each stands for an object that is chosen here: no module is imported for a file, and no dotted name is looked up. What
+no tensor needs, such as the plans of Megatron-Core, becomes an `_Ignored`. The opcode BUILD may set fields of DCP's
+dataclasses only; pickle lets it change any object.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
-from pathlib import Path
-from typing import IO, Any, ClassVar
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, Any, ClassVar, Self
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # where an entry is; DCP has no public name for it
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,  # a field of TensorProperties
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -25,31 +28,80 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import _get_layout  # a lookup in a table
 
-_TENSOR_CLASSES = (TensorProperties, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata)
-_DATACLASSES = {
-    *((cls.__module__, cls.__name__) for cls in (Metadata, MetadataIndex, StorageMeta, *_TENSOR_CLASSES)),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-}
-_ALLOWED = {
-    *_DATACLASSES,
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # a lookup in a table
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),  # Python 3.13
-    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+
+class UnsafeMetadataError(Exception):
+    """`.metadata` asks for what could run code. It need not be damaged."""
+
+
+class _Ignored:
+    """Stands for an object that no tensor needs. Accepts any arguments and has no content."""
+
+    def __new__(cls, *_: Any) -> Self:
+        return super().__new__(cls)
+
+
+def _enum_member(cls: Any, name: Any) -> Any:
+    """Return the member of an enum, which some releases of Python 3.11 pickle as ``getattr(cls, name)``."""
+    if cls is _Ignored:
+        return _Ignored()
+    if cls is _MEM_FORMAT_ENCODING:
+        return _MEM_FORMAT_ENCODING[name]
+    raise _refusal("wants to run builtins.getattr")
+
+
+_TORCH = "torch.distributed.checkpoint"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"  # torch before 2.3
+_MAY_HAVE_MORE = (
+    Metadata,
+    StorageMeta,
+)  # writers add attributes; more about the place of a tensor may change its bytes
+_DATACLASSES = (
+    *_MAY_HAVE_MORE,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    _StorageInfo,
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__name__): cls for cls in (*_DATACLASSES, _MEM_FORMAT_ENCODING, _get_layout)},
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    ("torch", "Size"): torch.Size,
+    (_SHARDED_TENSOR, "TensorProperties"): TensorProperties,
+    (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): _MEM_FORMAT_ENCODING,
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    ("nemo_automodel.components.checkpoint._backports.filesystem", "_StorageInfo"): _StorageInfo,
+    **{
+        (module, f"{pure}{system}Path"): path
+        for module in ("pathlib", "pathlib._local")  # the latter in Python 3.13
+        for system, path in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
+        for pure in ("", "Pure")
+    },
+    ("builtins", "getattr"): _enum_member,
+    **{
+        (f"{_TORCH}.planner", name): _Ignored
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    },
+    (_MEGATRON, "MCoreSavePlan"): _Ignored,
+    **{
+        (f"{package}.filesystem", "_StoragePrefix"): _Ignored
+        for package in (_TORCH, "olmo_core.distributed.checkpoint")
+    },
 }
 _TUPLE_OPCODES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _PRIME = 2**127 - 1
 
 
 def read_metadata(file: IO[bytes]) -> Metadata:
-    """Return the metadata in `file`; UnpicklingError if it asks to run code, TypeError or ValueError if damaged."""
+    """Return the metadata in `file`; UnsafeMetadataError if it could run code, TypeError or ValueError if damaged."""
     try:
         metadata = _SafeUnpickler(file).load()
-    except pickle.UnpicklingError:
+    except UnsafeMetadataError:
         raise
     except Exception as error:  # damaged opcodes raise anything, such as IndexError
         raise ValueError(f"it is no pickle of metadata ({type(error).__name__}: {error})") from error
@@ -68,8 +120,8 @@ def read_metadata(file: IO[bytes]) -> Metadata:
     return metadata
 
 
-def _refusal(what: str) -> pickle.UnpicklingError:
-    return pickle.UnpicklingError(f"it {what}, which is not in the metadata of tensors")
+def _refusal(what: str) -> UnsafeMetadataError:
+    return UnsafeMetadataError(f"it {what}, which is not known to be safe")
 
 
 def _limit_nesting(load_tuple: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -91,7 +143,10 @@ class _SafeUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise _refusal(f"wants to run {module}.{name}")
-        return super().find_class(module, name)
+        return _ALLOWED[module, name]
+
+    def get_extension(self, code: int) -> None:
+        raise _refusal(f"wants to run the extension {code} of copyreg")
 
     def load_build(self) -> None:
         """Set fields of one of DCP's dataclasses, and nothing else."""
@@ -99,12 +154,10 @@ class _SafeUnpickler(pickle._Unpickler):
         cls = type(built)
         if cls is TensorProperties:
             built.__setstate__(state)
-        elif (cls.__module__, cls.__name__) in _DATACLASSES and state.keys() <= cls.__dataclass_fields__.keys():
-            vars(built).update(state)
-        else:
-            raise pickle.UnpicklingError(
-                f"it wants to change a {cls.__name__}, which is not in the metadata of tensors"
-            )
+        elif cls in _DATACLASSES and (cls in _MAY_HAVE_MORE or state.keys() <= cls.__dataclass_fields__.keys()):
+            vars(built).update({name: state[name] for name in state.keys() & cls.__dataclass_fields__.keys()})
+        elif cls is not _Ignored:
+            raise _refusal(f"wants to change a {cls.__name__}")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,

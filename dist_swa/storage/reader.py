@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dist_swa.storage.metadata import read_metadata
+from dist_swa.storage.metadata import UnsafeMetadataError, read_metadata
 
 METADATA = ".metadata"  # written by DCP: which tensor is where
 SUMS = "SHA256SUMS"  # of all other files, in the format of `sha256sum --check SHA256SUMS`
@@ -108,6 +108,11 @@ class CheckpointReader(FileSystemReader):
             is_ours = WRITER in getattr(metadata.storage_meta, "modules", ())
         except (CheckpointError, OSError):
             raise
+        except UnsafeMetadataError as error:
+            raise CheckpointError(
+                f"a checkpoint needs metadata that runs no code, got {self.folder / METADATA}: {error}; if you"
+                " trust it, load it with the program that wrote it, and save it with torch.distributed.checkpoint.save"
+            ) from error
         except Exception as error:
             raise self._files.error(METADATA, str(error)) from error
         if is_ours and not self.has_checksums:

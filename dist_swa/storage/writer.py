@@ -53,11 +53,14 @@ class CheckpointWriter(FileSystemWriter):
     """Writes files and their checksums into a hidden folder, and renames it to `path` when it is complete.
 
     The coordinator does everything outside of the files of one rank, between DCP's collectives, so that its errors are
-    raised on every rank. It receives the checksums as the results of one more item per file.
+    raised on every rank. It receives the checksums as the results of one more item per file. It also writes the files
+    in `beside`, given as content by name.
     """
 
-    def __init__(self, path: Path, *, one_file_per_tensor: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, *, one_file_per_tensor: bool = False, beside: Mapping[str, bytes] | None = None
+    ) -> None:
+        self._path, self._beside = path, beside or {}
         # torch keeps all tensors of a file in memory until it closes the file.
         super().__init__(path.with_name(f".{path.name}{PARTIAL}"), single_file_per_rank=not one_file_per_tensor)
         self.fs = self._files = _HashingFileSystem()
@@ -88,15 +91,20 @@ class CheckpointWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         sums = {r.index.fqn: r.storage_data for part in results for r in part if isinstance(r.storage_data, str)}
         super().finish(metadata, [[r for r in part if not isinstance(r.storage_data, str)] for part in results])
-        sums[METADATA] = self._files.digests[METADATA]
-        with self.fs.create_stream(Path(self.path) / SUMS, "wb") as file:
-            file.write(format_sums(sums).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        for name, content in self._beside.items():
+            self._write(name, content)
+        sums |= {name: self._files.digests[name] for name in (METADATA, *self._beside)}
+        self._write(SUMS, format_sums(sums).encode())
         sync_folder(Path(self.path))
         Path(self.path).rename(self._path)
         self._must_clean_up = False
         sync_folder(self._path.parent)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self.fs.create_stream(Path(self.path) / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=str(self._path), save_id=self.save_id, modules=[WRITER])

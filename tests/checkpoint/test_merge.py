@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa import EMA, DecayShaped, Equal, Polynomial, PowerEMA, ShardedAverage, Window, checkpoint
+from dist_swa.__main__ import main
 from dist_swa.averaging.rules import Rule
 from dist_swa.checkpoint import safetensors_io
 from dist_swa.storage.save_load import no_group_is_fine
@@ -281,13 +284,92 @@ def test_sums_are_exact_where_float32_is_not(tmp_path: Path) -> None:
     assert loaded(tmp_path / "out.safetensors")["x"].item() == 2.0**-30
 
 
+def nearest(value: Fraction, dtype: torch.dtype) -> float:
+    """Return the number of `dtype` that is nearest to a value of normal size, the even one of two."""
+    spacing = Fraction(torch.finfo(dtype).eps) * Fraction(2) ** (math.frexp(value)[1] - 1)
+    return float(round(value / spacing) * spacing)
+
+
+SHORT = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+def test_float64_is_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Torch converts float64 to float32 first, which makes a tie of a value beside it."""
+    ties = [1.5 + (2 * i + 1) * torch.finfo(dtype).eps / 2 for i in range(-2, 2)]
+    offsets = [0.0, *(sign * 2.0**-power for sign in (1, -1) for power in (20, 30, 45, 50))]
+    exact = [s * (tie + offset) for s in (1, -1) for tie in ties for offset in offsets]
+    values = torch.tensor(exact, dtype=torch.float64)
+    checkpoint.merge(saved(tmp_path, [{"x": values}], "s"), tmp_path / "out.safetensors", dtype=dtype)
+    checkpoint.export(tmp_path / "0.safetensors", tmp_path / "same.safetensors", dtype=dtype)
+    found = loaded(tmp_path / "out.safetensors")["x"]
+    assert found.dtype == dtype
+    assert found.double().tolist() == [nearest(Fraction(value), dtype) for value in exact]
+    assert same_bits({"x": found}, loaded(tmp_path / "same.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+def test_a_sum_of_short_sources_is_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    values = [{"x": torch.ones(1).to(dtype)}, {"x": torch.tensor([eps]).to(dtype)}]
+    weights = [1.0, 0.5 + 2.0**-40 / eps]  # just above the tie between 1 and 1 + eps
+    checkpoint.merge(saved(tmp_path, values, "s"), tmp_path / "out.safetensors", weights=weights, normalize=False)
+    assert loaded(tmp_path / "out.safetensors")["x"].double().tolist() == [1 + eps]
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_special_values_are_converted_from_float64_as_from_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, 1e-45, -1e-45, 1e-300, -1e-300, 1e-9, 1e-5, 0.001, 448.0, torch.nan]
+    if dtype != torch.float8_e4m3fn:
+        special += [torch.inf, -torch.inf]  # it has no infinity
+    (path,) = saved(tmp_path, [{"x": torch.tensor(special, dtype=torch.float64)}], "s")
+    checkpoint.merge([path], tmp_path / "out.safetensors", dtype=dtype)
+    found = loaded(tmp_path / "out.safetensors")["x"]
+    expected = torch.tensor(special, dtype=torch.float64).float().to(dtype)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kinds", ["s", "c"])
+def test_dtype_is_that_of_all_floating_tensors(tmp_path: Path, kinds: str, dtype: torch.dtype) -> None:
+    values = states(3)
+    paths = saved(tmp_path, values, kinds)
+    checkpoint.merge(paths, tmp_path / "out", dtype=dtype)
+    merged = loaded(tmp_path / "out")
+    wider = [{name: t.double() if t.is_floating_point() else t for name, t in state.items()} for state in values]
+    exact = expected([1 / 3] * 3, wider)
+    assert merged.keys() == exact.keys()
+    for name, value in merged.items():
+        assert value.dtype == (dtype if values[0][name].is_floating_point() else values[0][name].dtype), name
+        assert torch.allclose(value, exact[name].to(value.dtype), rtol=2 * torch.finfo(dtype).eps), name
+    assert main(["merge", *map(str, paths), "--out", f"{tmp_path}/cli", "--dtype", str(dtype)[6:], "--quiet"]) == 0
+    assert same_bits(loaded(tmp_path / "cli"), merged)
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_a_sum_that_overflows_the_dtype_raises(tmp_path: Path, out: str) -> None:
+    paths = saved(tmp_path, [{"a": torch.tensor([1.0, 70000.0]), "b": torch.ones(1)}] * 2, "sc")
+    message = r"values that torch.float16 can hold, got 70000 in a; choose smaller weights, or another dtype"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.merge(paths, tmp_path / out, key="model", dtype=torch.float16)
+    assert not (tmp_path / out).exists()
+    checkpoint.merge(paths, tmp_path / out, key="model", dtype=torch.bfloat16)
+    assert loaded(tmp_path / out)["a"].tolist() == [1.0, 70144.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", torch.complex64, 7])
+def test_a_dtype_that_is_not_floating_is_refused(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"merge needs a floating torch.dtype, got dtype=.*; leave it out, or pass"):
+        checkpoint.merge(saved(tmp_path, states(1), "s"), tmp_path / "out", dtype=dtype)
+
+
 def test_the_order_of_equal_sources_changes_no_bit(tmp_path: Path) -> None:
     values = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(4)]
     paths = saved(tmp_path, values, "s")
     results = set()
     for i, order in enumerate(itertools.permutations(paths)):
         checkpoint.merge(order, tmp_path / f"out{i}.safetensors")
-        results.add((tmp_path / f"out{i}.safetensors").read_bytes())
+        results.add(loaded(tmp_path / f"out{i}.safetensors")["x"].numpy().tobytes())
     assert len(results) == 1
 
 

@@ -185,7 +185,9 @@ def test_an_export_has_what_the_module_saves_or_raises_one_line(kind: str, is_dd
 def test_only_averaged_parameters_are_exported(kind: str, is_ddp: bool, tmp_path: Path) -> None:
     _, swa = averaged(kind, is_ddp)
     checkpoint.export(swa, tmp_path / "live.safetensors", only="averaged")
-    for file in ("live.safetensors",):
+    checkpoint.save({"swa": swa}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "stored.safetensors", only="averaged")
+    for file in ("live.safetensors", "stored.safetensors"):
         written = load_file(tmp_path / file)
         assert sorted(written) == ["lora.bias", "lora.weight"]
         assert written["lora.weight"].eq(1.5).all()

@@ -1,5 +1,6 @@
 """No checkpoint runs code or changes the process, and metadata that makes no sense is refused."""
 
+import copyreg
 import io
 import os
 import pickle
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from checkpoints import Training, reseal
 from dist_swa import checkpoint
 from dist_swa.storage import writer
+from dist_swa.storage.metadata import _SafeUnpickler
 from models import same_bits
 
 HEADER = b"\x80\x04"  # protocol 4, which has dotted names
@@ -94,7 +97,7 @@ def test_metadata_runs_no_code(tmp_path: Path, name: str, before_metadata: bool,
     assert not marker.exists()
 
 
-DCP = "torch.distributed.checkpoint.metadata"
+DCP, PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 ATTRIBUTES, SLOTS = b"}\x8c\x06poisonK\x01sb", b"N}\x8c\x06poisonK\x01s\x86b"  # BUILD with each kind of state
 TARGETS = {
     "path class": (resolve("pathlib", "PosixPath"), SLOTS),
@@ -103,6 +106,10 @@ TARGETS = {
     "function": (resolve("torch.serialization", "_get_layout"), ATTRIBUTES),
     "enum member": (resolve(DCP, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R", ATTRIBUTES),
     "unknown field": (resolve(DCP, "ChunkStorageMetadata") + b")\x81", ATTRIBUTES),
+    "metadata class": (resolve(DCP, "Metadata"), SLOTS),
+    "plan class": (resolve(PLANNER, "SavePlan"), SLOTS),
+    "plan class as an object": (resolve(PLANNER, "SavePlan"), ATTRIBUTES),
+    "class of write types": (resolve(PLANNER, "WriteItemType"), SLOTS),
 }
 
 
@@ -118,6 +125,70 @@ def test_metadata_changes_no_object_of_the_process(tmp_path: Path, target: str, 
     with pytest.raises(checkpoint.CheckpointError, match=r"\.metadata: it wants to change a "):
         checkpoint.open_checkpoint(tmp_path / "a")
     assert dict(vars(found)) == before
+
+
+IGNORED = {
+    "plan": resolve(PLANNER, "SavePlan") + b")\x81",
+    "plan from arguments": resolve(PLANNER, "SavePlan") + b"]\x85R",
+    "write item": resolve(PLANNER, "WriteItem") + b")\x81",
+    "write type": resolve(PLANNER, "WriteItemType") + b"K\x01\x85R",
+    "write type by name": resolve("builtins", "getattr") + resolve(PLANNER, "WriteItemType") + b"\x8c\x05SHARD\x86R",
+}
+
+
+@pytest.mark.parametrize("change", [ATTRIBUTES, SLOTS], ids=["attributes", "slots"])
+@pytest.mark.parametrize("made", IGNORED)
+def test_what_is_ignored_changes_nothing(tmp_path: Path, made: str, change: bytes) -> None:
+    checkpoint.save({"x": torch.arange(3.0)}, tmp_path / "a")
+    before = [dict(vars(cls)) for cls in (SavePlan, WriteItem, WriteItemType, WriteItemType.SHARD)]
+    metadata = (tmp_path / "a/.metadata").read_bytes()
+    replace_metadata(tmp_path / "a", HEADER + IGNORED[made] + change + b"0" + metadata[2:])
+    assert torch.equal(checkpoint.open_checkpoint(tmp_path / "a").read("x"), torch.arange(3.0))
+    assert [dict(vars(cls)) for cls in (SavePlan, WriteItem, WriteItemType, WriteItemType.SHARD)] == before
+    assert vars(_SafeUnpickler(io.BytesIO(HEADER + IGNORED[made] + change + b".")).load()) == {}
+
+
+@pytest.mark.parametrize(
+    "owner", [("pathlib", "PosixPath"), ("torch", "Size"), (PLANNER, "SavePlan"), (DCP, "Metadata")]
+)
+@pytest.mark.parametrize("name", ["touch", "__init__", "__subclasses__", "__class__", "__new__"])
+def test_getattr_gives_members_of_enums_only(tmp_path: Path, owner: tuple[str, str], name: str) -> None:
+    checkpoint.save({"x": torch.ones(2)}, tmp_path / "a")
+    attribute = b"\x8c" + bytes([len(name)]) + name.encode() + b"\x86R"
+    content = HEADER + resolve("builtins", "getattr") + resolve(*owner) + attribute + b"."
+    replace_metadata(tmp_path / "a", content)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"it (wants to run builtins.getattr|contains _Ignored instead)"
+    ):
+        checkpoint.open_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dotted", ["SavePlan.__init__", "WriteItemType.SHARD", "operator.methodcaller", "SavePlanner"])
+def test_only_names_of_the_list_are_known(tmp_path: Path, dotted: str) -> None:
+    checkpoint.save({"x": torch.ones(2)}, tmp_path / "a")
+    replace_metadata(tmp_path / "a", HEADER + resolve(PLANNER, dotted) + b".")
+    with pytest.raises(checkpoint.CheckpointError, match=f"it wants to run {PLANNER}.{dotted}, which"):
+        checkpoint.open_checkpoint(tmp_path / "a")
+
+
+def test_a_registered_extension_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickle takes what another pickle has resolved from a cache."""
+    monkeypatch.setitem(copyreg.__dict__["_extension_cache"], 7, os.system)
+    monkeypatch.setitem(copyreg.__dict__["_inverted_registry"], 7, ("os", "system"))
+    checkpoint.save({"x": torch.ones(2)}, tmp_path / "a")
+    replace_metadata(tmp_path / "a", HEADER + b"\x82\x07\x8c\x04true\x85R.")
+    with pytest.raises(checkpoint.CheckpointError, match="it wants to run the extension 7 of copyreg"):
+        checkpoint.open_checkpoint(tmp_path / "a")
+
+
+def test_a_file_imports_nothing(tmp_path: Path) -> None:
+    checkpoint.save({"x": torch.ones(2)}, tmp_path / "a")
+    place = resolve("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo") + b")\x810"
+    replace_metadata(tmp_path / "a", HEADER + place + (tmp_path / "a/.metadata").read_bytes()[2:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.__import__", None)
+        metadata = _SafeUnpickler(io.BytesIO((tmp_path / "a/.metadata").read_bytes())).load()
+    assert list(metadata.state_dict_metadata) == ["x"]
 
 
 @pytest.mark.parametrize(
