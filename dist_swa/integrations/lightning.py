@@ -110,16 +110,10 @@ class SWACallback(Callback):
                 f"schedule_swa_lr needs one optimizer, got num_optimizers={len(optimizers)}; leave it out and set the"
                 " rates in the module"
             )
-        has_forward = "forward" in self._finalize_options or is_overridden("forward", pl_module)
-        if batch_norm_layers(model) and not has_forward:
-            warnings.warn(
-                f"unless all of it is frozen, BatchNorm needs a forward at the end, got {type(pl_module).__name__}"
-                ' without one; write it, or pass finalize_options={"forward": lambda module, batch: ...}',
-                stacklevel=2,
-            )
         optimizer = optimizers[0] if len(optimizers) == 1 else None
         length = _run_length(trainer, pl_module)
         self.swa = SWA(model, optimizer, **(length | self._options))
+        self._check_forward(pl_module, self.swa)
         self.swa.schedule.told.add("epochs")  # they are counted where they end
         self._estimates_duration = length["steps_per_epoch"] is None and length.keys().isdisjoint(self._options)
         self._estimate_duration(trainer)
@@ -129,6 +123,15 @@ class SWACallback(Callback):
             self.swa.reset(**position)  # a Trainer may have trained before
         else:
             self._resume(self.swa, Path(str(trainer.ckpt_path)), trainer, position)
+
+    def _check_forward(self, pl_module: LightningModule, swa: SWA) -> None:
+        has_forward = "forward" in self._finalize_options or is_overridden("forward", pl_module)
+        if not has_forward and not all(map(swa.average.averages_statistics, batch_norm_layers(pl_module))):
+            warnings.warn(
+                f"unless all of it is frozen, BatchNorm needs a forward at the end, got {type(pl_module).__name__}"
+                ' without one; write it, or pass finalize_options={"forward": lambda module, batch: ...}',
+                stacklevel=3,
+            )
 
     def _resume(self, swa: SWA, path: Path, trainer: Trainer, position: Mapping[str, int]) -> None:
         if path.is_dir():

@@ -143,6 +143,16 @@ class TwoLoaders(Module):
         return loss_of(self.net, batch["a"]) + loss_of(self.net, batch["b"])
 
 
+class RecordMeans(Callback):
+    """Records the running mean of BatchNorm after each step."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.means.append(pl_module.net[1].running_mean.clone())
+
+
 def test_batch_norm_without_a_forward_warns_at_the_start() -> None:
     data = {"a": loader(STEPS, False), "b": loader(STEPS, False)}
     message = r"BatchNorm needs a forward at the end, got TwoLoaders without one; .*options="
@@ -159,3 +169,12 @@ def test_batch_norm_is_recalibrated_from_several_loaders() -> None:
     mean, variance = statistics_of(read(module.net), torch.cat([samples(STEPS).tensors[0]] * 2))
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [Module, TwoLoaders])
+def test_averaged_statistics_are_kept_at_the_end(build: Any) -> None:
+    module, swa = build(with_norm=True), SWACallback(**SCHEDULE, buffers=["*.running_*"])
+    record = RecordMeans()
+    is_two = build is TwoLoaders
+    fit(module, [swa, record], data={"a": loader(STEPS, False), "b": loader(STEPS, False)} if is_two else None)
+    torch.testing.assert_close(module.net[1].running_mean, torch.stack(record.means[2:]).mean(0))

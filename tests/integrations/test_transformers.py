@@ -215,6 +215,28 @@ def test_one_process_ends_with_the_recalibrated_average_in_the_model(tmp_path: P
     check_statistics(trainer.model_wrapped.state_dict())
 
 
+class RecordMeans(TrainerCallback):
+    """Records the running mean of the first BatchNorm after each step."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.means.append(model.resnet.embedder.embedder.normalization.running_mean.clone())
+
+
+@on_ranks(1)
+def test_averaged_statistics_are_evaluated_and_kept_at_the_end(tmp_path: Path) -> None:
+    record = RecordMeans()
+    trainer = trainer_for("resnet", tmp_path, record, eval_strategy="steps", eval_steps=STEPS)
+    trainer = add_swa(trainer, swa_start=f"{START}ba", buffers="average")
+    trainer.train()
+    model, average = trainer.model_wrapped, trainer.swa.average
+    mean_of_steps = torch.stack(record.means[START - 1 :]).mean(0)
+    for state in (model.state_dict(), average.full_state_dict()):
+        torch.testing.assert_close(state["resnet.embedder.embedder.normalization.running_mean"], mean_of_steps)
+
+
 class MixedIn(SWAMixin, Trainer):
     pass
 

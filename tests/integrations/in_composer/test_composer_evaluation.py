@@ -118,3 +118,16 @@ def test_a_further_fit_does_not_recalibrate_the_model_that_it_trains(monkeypatch
     assert swa_of(swa).completed
     monkeypatch.setattr(dist_swa, "recalibrate_batch_norm", lambda *_, **__: pytest.fail("a model that trains"))
     it.fit(duration="2ep")
+
+
+@pytest.mark.parametrize("swa_end", RECALIBRATIONS)
+def test_averaged_statistics_are_kept(swa_end: str | None) -> None:
+    model = Model(with_norm=True)
+    norm: Any = model.net[1]
+    means = Record(lambda: norm.running_mean.clone())
+    ends = Record(lambda: is_recalibrated(model), Event.EPOCH_END, Event.FIT_END)
+    trainer(model, [SWA("2ba", swa_end, "1ba", buffers="average")], means, ends, max_duration="12ba").fit()
+    assert not any(is_exact for _, is_exact in ends.entries)
+    if swa_end is None:
+        averaged = [value for batch, value in means.entries if batch >= 2]
+        torch.testing.assert_close(norm.running_mean, torch.stack(averaged).mean(0))
