@@ -52,8 +52,8 @@ def merge(
     Tensors are summed in float64 and rounded once to their dtype, so a single source keeps its bits. Tensors that are
     not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
-    The order of sources is never changed. One warning says if their steps do not rise, as in ``checkpoint-*`` of a
-    shell. The steps are those in the checkpoints if all have one, else the numbers in names.
+    The order of sources is never changed. One warning says if they are weighted by it and their steps do not rise, as
+    in ``checkpoint-*`` of a shell. The steps are those in the checkpoints if all have one, else the numbers in names.
 
     Args:
         sources: paths of what `export` reads, also mixed.

@@ -39,11 +39,10 @@ def make_terms(paths: Sequence[str | Path], sources: Sequence[Source], weights: 
 
 
 def warn_unless_oldest_first(terms: Sequence[Term]) -> None:
-    """Warn, for the caller of `merge`, if the steps do not rise. Equal steps may have equal weights, as in a soup."""
+    """Warn, for the caller of `merge`, if weights depend on an order in which the steps do not rise."""
     steps = [term.step for term in terms if term.step is not None]
     weights = [term.weight for term in terms]
-    is_soup = isclose(min(weights), max(weights))
-    if any(left > right or (left == right and not is_soup) for left, right in pairwise(steps)):
+    if any(left >= right for left, right in pairwise(steps)) and not isclose(min(weights), max(weights)):
         warnings.warn(
             f"merge needs its sources oldest first, got the steps {', '.join(map(str, steps))}; sort them by number (ls"
             " -v), unless this order is meant",

@@ -114,7 +114,8 @@ class SWACallback(Callback):
         length = _run_length(trainer, pl_module)
         self.swa = SWA(model, optimizer, **(length | self._options))
         self._check_forward(pl_module, self.swa)
-        self.swa.schedule.told.add("epochs")  # they are counted where they end
+        # The Trainer ends each epoch. A run that is resumed in a validation takes more steps than it says.
+        self.swa.schedule.told |= {"epochs"} | ({"max_duration"} - self._options.keys())
         self._estimates_duration = length["steps_per_epoch"] is None and length.keys().isdisjoint(self._options)
         self._estimate_duration(trainer)
         self._num_steps = trainer.global_step

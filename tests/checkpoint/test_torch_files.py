@@ -137,11 +137,11 @@ def test_a_missing_shard_is_named(tmp_path: Path, suffix: str, has_index: bool) 
 
 def test_sources_of_all_formats_are_merged(tmp_path: Path) -> None:
     states = [{"a.w": torch.full((3,), float(i)), "b": torch.tensor(float(i))} for i in range(4)]
-    saved(states[0], tmp_path / "0.pt")
-    saved({"model": states[1]}, tmp_path / "1.pth", is_zip=False)
-    save_file(states[2], tmp_path / "2.safetensors")
-    checkpoint.save({"model": states[3]}, tmp_path / "3")
-    paths = [tmp_path / name for name in ("3", "2.safetensors", "1.pth", "0.pt")]
+    saved(states[0], tmp_path / "d.pt")
+    saved({"model": states[1]}, tmp_path / "c.pth", is_zip=False)
+    save_file(states[2], tmp_path / "b.safetensors")
+    checkpoint.save({"model": states[3]}, tmp_path / "a")
+    paths = [tmp_path / name for name in ("a", "b.safetensors", "c.pth", "d.pt")]
     checkpoint.merge(paths, tmp_path / "out", weights=[1, 2, 4, 8], normalize=False)
     assert same_bits(
         load_file(tmp_path / "out" / "model.safetensors"),
