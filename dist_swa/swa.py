@@ -193,6 +193,10 @@ class SWA:
         self.schedule.completed = True
         self._lr_phase.end()
 
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """`ShardedAverage.metrics`, and `num_skipped`: a flat dict for any logger."""
+        return {**self.average.metrics(distance=distance), "num_skipped": self.num_skipped}
+
     def reset(self, *, batches: int = 0, epochs: int | None = None, samples: int = 0, tokens: int = 0) -> None:
         """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`.
 

@@ -158,6 +158,21 @@ class ShardedAverage:
         """As `is_model_finite`, of the average."""
         return self._shards.are_finite(self._averages.get("is_finite", name).tensors())
 
+    @torch.no_grad()
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Return numbers for a logger: `num_averaged`, and the `weight` of the last model in the average.
+
+        With several averages the keys are ``name/weight``. `weight` is 0 before the first update, and NaN for a
+        half-life right after a load. `distance` adds the L2 norm of the trained minus the averaged weights, over all
+        averaged parameters and ranks: then a collective of a sharded or replicated model, and RuntimeError before the
+        first update and inside `swapped_in`. Local otherwise. Memory: of `distance`, the largest local shard twice.
+        """
+        if distance:
+            self.require_trained_weights("metrics(distance=True)")
+            self._require_average("metrics(distance=True)")
+            self._shards.refresh()
+        return {"num_averaged": self.num_averaged, **self._averages.metrics(distance)}
+
     def averages_statistics(self, layer: str) -> bool:
         """Whether the running mean and variance of the layer with the FQN `layer` are averaged. Local.
 

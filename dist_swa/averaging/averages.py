@@ -52,6 +52,16 @@ class Averages:
         """Return the average `name`, or the only one; ValueError where `action` needs another name."""
         return self._states[checked_name(action, name, self._states)]
 
+    def metrics(self, distance: bool) -> dict[str, float]:
+        """Return the weight of the last model in each average and, if asked, the distance of the model from it."""
+        found = {}
+        for name, state in self._states.items():
+            prefix = f"{name}/" if name else ""
+            found[f"{prefix}weight"] = state.last_weight
+            if distance:
+                found[f"{prefix}distance"] = self._shards.distance(state.averages())
+        return found
+
     def averaged_shards(self) -> list[LocalShard]:
         """Return the shards of what is averaged: parameters, and buffers where they are averaged."""
         return [*self._shards.averaged, *self.averaged_buffers()]
@@ -103,7 +113,7 @@ class Averages:
 
     def reset(self) -> None:
         for state in self._states.values():
-            state.num_averaged = 0
+            state.reset()
 
     def select_before_first_update(self) -> None:
         """Average what is trainable now, if nothing was averaged yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class AverageState:
     ) -> None:
         self.rule = rule
         self.num_averaged = 0
+        self._last_weight: float | None = 0.0
         self._shards = shards
         self._dtype, self._device = dtype, device
         self._is_averaged = is_averaged
@@ -61,6 +63,16 @@ class AverageState:
                 ]
         self._names = [shard.name for shard in shards]
 
+    @property
+    def last_weight(self) -> float:
+        """How much the last model weighed; NaN where a loaded average does not say it, as by a half-life."""
+        if self._last_weight is None and self.rule.unit is None:
+            return self.rule.weight(self.num_averaged, None) if self.num_averaged else 0.0
+        return math.nan if self._last_weight is None else self._last_weight
+
+    def reset(self) -> None:
+        self.num_averaged, self._last_weight = 0, 0.0
+
     def averages(self) -> list[Tensor]:
         """Return the averaged shards: the only slot in use, or the mean of several, which is a copy."""
         return mean(self.slots[: self.num_averaged])
@@ -78,7 +90,7 @@ class AverageState:
         if not len(shared) == len(self._shards.buffers) == len(self.buffers):
             self._renew_buffers()
         slot = self.num_averaged % len(self.slots)
-        self.num_averaged += 1
+        self.num_averaged, self._last_weight = self.num_averaged + 1, weight
         self.copy_buffers_from_model()
         used = self._buffer_slots[: self.num_averaged]
         if names := list(used[0]):
@@ -161,7 +173,7 @@ class AverageState:
         for shard in self._persistent_buffers():
             if shard not in buffers:
                 self.buffers[shard.name].copy_(shard.local_tensor)
-        self.num_averaged = int(state["num_averaged"])
+        self.num_averaged, self._last_weight = int(state["num_averaged"]), None
 
     def _stored_shards(self, slot: int) -> list[LocalShard]:
         """Return the shards of a slot in a checkpoint: averaged parameters, then averaged buffers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -191,6 +192,27 @@ class ModelShards:
         is_finite = [value.isfinite().to(self.device) for value in largest]
         (num_bad,) = self.all_reduce_max([int(bool(parts) and not torch.stack(is_finite).all())])
         return num_bad == 0
+
+    def distance(self, averages: Sequence[Tensor]) -> float:
+        """Return the L2 norm of the model's averaged parameters minus `averages`, over all ranks. A collective of them.
+
+        Each mesh sums what its ranks have. Ranks that have the same part share it in the sum.
+        """
+        squares: dict[DeviceMesh | None, float] = {None: 0.0}
+        for shard, average in zip(self.averaged, averages, strict=True):
+            mesh, num_replicas = (None, 1) if shard.layout is None else (shard.layout.mesh, shard.layout.num_replicas)
+            trained = shard.local.to(average.device, torch.promote_types(average.dtype, torch.float32))
+            difference = torch.view_as_real(trained - average) if trained.is_complex() else trained - average
+            norm = torch.linalg.vector_norm(difference, dtype=torch.float64)
+            squares[mesh] = squares.get(mesh, 0.0) + float(norm) ** 2 / num_replicas
+        total = squares.pop(None)
+        for mesh, of_rank in squares.items():
+            assert mesh is not None
+            sums = torch.tensor(of_rank, dtype=torch.float64, device=mesh.device_type)
+            for axis in range(mesh.ndim):
+                dist.all_reduce(sums, group=mesh.get_group(axis))
+            total += float(sums)
+        return math.sqrt(total)
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """Return the maximum of each of `values` over the ranks that share the model. A collective of them."""

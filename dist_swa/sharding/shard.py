@@ -17,6 +17,7 @@ a state dict. torch.distributed.checkpoint reshards it for any wrapper and numbe
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class Layout(NamedTuple):
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks have the same part."""
+        return math.prod(self.mesh.size(axis) for axis, place in enumerate(self.placements) if place.is_replicate())
 
 
 @dataclass(frozen=True, eq=False)
