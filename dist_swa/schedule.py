@@ -83,7 +83,7 @@ class Schedule:
         self.interval = Time.parse(interval, "update_interval")
         self.steps_per_epoch = steps_per_epoch
         self.rule_units = frozenset(rule_units)
-        self.told: set[str] = set()  # the kinds of warnings that `unmet` has returned, or is not to return
+        self.told: set[str] = set()  # the kinds of warnings that `unmet` does not return any more
         self._check_arguments()
         self.reset(Progress())
 
@@ -137,10 +137,12 @@ class Schedule:
             return "no epoch has ended, got steps_per_epoch=None and no end_epoch call"
         if not self.started:
             return f"swa_start={self.start} was not reached"
+        if self.interval.unit != "ep":
+            return f"swa_start={self.start} was only reached after the last step, got steps_per_epoch=None"
         return f"no update was made, got update_interval={self.interval}"
 
     def unmet(self, before: Progress | None = None) -> list[str]:
-        """Return how the run does not meet the schedule, each way once, as far as it is known now.
+        """Return warnings about a schedule that this run cannot meet. Each kind is returned once.
 
         Call it after construction, and with the position `before` after each step.
         """
@@ -157,8 +159,10 @@ class Schedule:
                 f"max_duration={limit} was reached before step {self.now.batches}; pass the length of the whole run"
             )
         if before is not None and self.epochs_unknown:
+            is_averaging = before.batches > 0 and self._is_reached(self.start, before) and self.interval.unit != "ep"
+            has_no_weight = "ep" in self.rule_units and is_averaging  # a model after no epoch
             is_late = not self.started and self.end is not None and self._is_reached(self.end, before)
-            if is_over or is_late or (self.started and self.start.value > 0):
+            if is_over or is_late or has_no_weight or (self.started and self.start.value > 0):
                 found["epochs"] = (
                     f"schedule or rule read epochs, and no epoch has ended in {self.now.batches} steps; pass"
                     " steps_per_epoch=, or call end_epoch() after each epoch"
@@ -211,7 +215,7 @@ class Schedule:
         (start, start_unit), (last, unit) = self._comparable(self.start), self._comparable(limit)
         epoch = {"ep": 1, "ba": self.steps_per_epoch}.get(unit)
         if not is_certain and self.interval.unit == "ep" and epoch is not None:
-            last = Fraction(last // epoch * epoch)
+            last = Fraction(last // epoch * epoch) or Fraction(-1)  # -1: no epoch ends, so there is no check
         elif not is_certain and unit == "ep":  # the last epoch counts after its last step
             last = Fraction(math.ceil(last) - 1)
         return start_unit == unit and start > last

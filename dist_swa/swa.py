@@ -163,17 +163,17 @@ class SWA:
     def finalize(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
         """Put the average into the model for good, and recalibrate its BatchNorm statistics over all ranks.
 
-        Call it on every rank: it is a collective of a replicated or sharded model, and with `batches`. `batches` and
-        `options` are those of `recalibrate_batch_norm`. A model without BatchNorm needs none of them, and without
-        `batches` averaged statistics are kept (see `buffers`). Layers that were frozen at the last update in training
-        mode keep their statistics. Memory: as `swapped_in`.
+        Call it on every rank, with `batches` on all ranks or on none. It is a collective of a replicated or sharded
+        model, and with `batches`. `batches` and `options` are those of `recalibrate_batch_norm`. A model without
+        BatchNorm needs none of them, and without `batches` averaged statistics are kept (see `buffers`). Layers that
+        were frozen at the last update in training mode keep their statistics. Memory: as `swapped_in`.
 
         With nothing averaged it warns, with the reason, and the model keeps its trained weights. It also warns where
         the schedule reads epochs and none was counted. Raises ValueError for a model with other BatchNorm layers
         without `batches`, RuntimeError where the ranks averaged other numbers of models, and what
         `recalibrate_batch_norm` raises. Nothing has changed after an error.
         """
-        self.average.check_counts()
+        self.average.require_same_models()
         if self.num_averaged == 0:
             warnings.warn(
                 f"no model was averaged in {self.schedule.now.batches} steps: {self.schedule.why_no_update()}; the"
@@ -204,7 +204,7 @@ class SWA:
         """
         self.average.reset()
         if epochs is None:
-            epochs = batches // (self.schedule.steps_per_epoch or batches + 1)
+            epochs = batches // self.schedule.steps_per_epoch if self.schedule.steps_per_epoch else 0
         self.schedule.reset(Progress(batches=batches, epochs=epochs, samples=samples, tokens=tokens))
         self._lr_phase.reset()
         self._frozen.names = set()

@@ -67,8 +67,8 @@ def averages(schedule: Schedule) -> bool:
     return schedule.first_update is not None
 
 
-STARTS = ("0.7dur", "1dur", "0.1dur", "1ep", "2ep", "2.5ep", "3ep", "0ep", "7ba", "9ba", "10ba")
-LENGTHS = ("1ep", "2ep", "3ep", "2.5ep", "10ba", "8ba")
+STARTS = ("0.7dur", "1dur", "0.1dur", "1ep", "2ep", "2.5ep", "3ep", "0ep", "7ba", "9ba", "10ba", "0ba")
+LENGTHS = ("1ep", "2ep", "3ep", "2.5ep", "10ba", "8ba", "3ba")
 CASES = [
     (start, length, interval, steps_per_epoch)
     for start, length, interval, steps_per_epoch in product(STARTS, LENGTHS, ("1ba", "1ep"), (None, EPOCH))
@@ -112,6 +112,7 @@ UNCOUNTED: dict[str, tuple[dict[str, Any], int]] = {  # arguments, and the step 
     "interval": ({"swa_start": "2ba", "update_interval": "1ep"}, 2),
     "end": ({"swa_start": "0.5dur", "max_duration": "8ba", "swa_end": "2ep"}, 4),
     "rule": ({"swa_start": "3sp", "rule": EMA(half_life="1ep")}, 3),
+    "rule, from the start": ({"swa_start": "0ba", "rule": EMA(half_life="1ep")}, 2),
     "start, told at swa_end": ({"swa_start": "1ep", "swa_end": "5ba"}, 6),
 }
 
@@ -142,6 +143,26 @@ def test_epochs_that_somebody_counts_do_not_warn(options: dict[str, Any], counts
         swa.step(samples=1)
         if not counts_steps:
             swa.end_epoch()
+
+
+def test_a_half_life_in_epochs_with_an_update_at_the_end_of_each_does_not_warn() -> None:
+    swa = swa_with(swa_start="0ba", update_interval="1ep", rule=EMA(half_life="1ep"))
+    for _ in range(2):
+        for _ in range(3):
+            swa.step()
+        swa.end_epoch()
+    assert swa.num_averaged == 2
+
+
+def test_finalize_says_that_the_start_came_after_the_last_step() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        swa = swa_with(max_duration="3ep")
+        for _ in range(3):
+            swa.step()
+            swa.end_epoch()
+    with pytest.warns(UserWarning, match=r"in 3 steps: swa_start=0.7dur was only reached after the last step"):
+        swa.finalize()
 
 
 # --- Steps after max_duration

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from dist_swa.averaging.averaged_model import AveragedModel
 from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.buffers import buffer_filter
-from dist_swa.averaging.checks import check_counts, check_equal, check_only, check_ranks, check_storage
+from dist_swa.averaging.checks import check_counts, check_equal, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
 from dist_swa.sharding.fqn import NamePattern, clean_name
 from dist_swa.sharding.model import ModelShards
-from dist_swa.sharding.shard import LocalShard, checkpoint_view
 
 
 class ShardedAverage:
@@ -200,17 +200,11 @@ class ShardedAverage:
         their names if they are tied, and other parameters and persistent buffers in their own dtypes. What only a
         module can give, such as a quantised weight and its scales, is as in its own ``state_dict()``. With
         ``only="averaged"`` the dict has the averaged parameters only. Memory: one whole parameter at a time on every
-        rank, all of them on the first. Raises RuntimeError before the first update, and ValueError for another `only`.
+        rank, all of them on the first. Raises RuntimeError before the first update, and on all ranks that share the
+        model where one has averaged another number of models; ValueError for another `only`.
         """
-        full: dict[str, Any] = {}
-        for shard, local in self._averaged_model("full_state_dict", name, only):
-            whole = shard.full_tensor_of_model() if local is None else shard.full_tensor(local)
-            if self._shards.is_first_rank:
-                full |= dict.fromkeys(shard.names, whole.to("cpu", copy=True))
-        if only is None and self._shards.is_first_rank:
-            for key, value in self._shards.extra_state().items():
-                full[key] = value.to("cpu", copy=True) if type(value) is Tensor else value
-        return full
+        self.require_same_models()
+        return self._averaged_model("full_state_dict", name, only).full_state_dict()
 
     @torch.no_grad()
     def sharded_state_dict(self, name: str | None = None, *, only: str | None = None) -> dict[str, Any]:
@@ -220,11 +214,7 @@ class ShardedAverage:
         (under FSDP1, and for a `Window`, copies). Local, except under FSDP1, where it is a collective. Raises
         RuntimeError before the first update.
         """
-        state: dict[str, Any] = {}
-        for shard, local in self._averaged_model("sharded_state_dict", name, only):
-            local = shard.local if local is None else local
-            state |= dict.fromkeys(shard.names, checkpoint_view(shard, local, self._shards.is_first_rank))
-        return state if only else state | self._shards.extra_state()
+        return self._averaged_model("sharded_state_dict", name, only).sharded_state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages for torch.distributed.checkpoint, as tensors on their own storage. Local, without a copy.
@@ -267,11 +257,12 @@ class ShardedAverage:
                 f"{action} needs the model to have its trained weights, got a call inside swapped_in; leave it first"
             )
 
-    def check_counts(self) -> None:
+    def require_same_models(self) -> None:
         """Raise on all ranks that share the model where one has averaged other models. A collective of them."""
+        if self._shards.group is None:
+            highest, lowest = self._shards.all_reduce_max([self.num_averaged, -self.num_averaged])
+            check_equal(-lowest, highest)
         self._check_replicas()
-        highest, lowest = self._shards.all_reduce_max([self.num_averaged, -self.num_averaged])
-        check_equal(-lowest, highest)
 
     def _check_replicas(self) -> None:
         """Raise on all replicas where one has averaged other models or parameters. A collective of them."""
@@ -297,26 +288,11 @@ class ShardedAverage:
         if self.num_averaged == 0:
             raise RuntimeError(f"{action} needs an average, got num_averaged=0; call update first")
 
-    def _averaged_model(
-        self, action: str, name: str | None, only: str | None
-    ) -> list[tuple[LocalShard, Tensor | None]]:
-        """Return each parameter and persistent buffer of the averaged model, with this rank's part of the average.
-
-        None for a parameter that is not averaged: the model has it.
-        """
-        check_only(only)
-        state, shards = self._averages.get(action, name), self._shards
+    def _averaged_model(self, action: str, name: str | None, only: str | None) -> AveragedModel:
+        state = self._averages.get(action, name)
         self._require_average(action)
-        shards.refresh()
-        averaged = list(zip(shards.averaged, state.averages(), strict=True))
-        if only:
-            return [*averaged]
-        buffers = {s.name: s.local_tensor for s in shards.buffers} if self._swapped_in is state else state.buffers
-        return [
-            *averaged,
-            *((shard, None) for shard in shards.others if not shard.is_opaque),
-            *((s, buffers[s.name]) for s in shards.buffers if s.is_persistent and s.name in buffers),
-        ]
+        self._shards.refresh()
+        return AveragedModel(self._shards, state, self._swapped_in is state, only)
 
     @torch.no_grad()
     def _write(self, state: AverageState) -> None:

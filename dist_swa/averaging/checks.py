@@ -60,9 +60,3 @@ def check_storage(dtype: Any, device: Any) -> None:
         raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
     if device is not None and torch.device(device).type == "meta":
         raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
-
-
-def check_only(only: Any) -> None:
-    """Raise ValueError unless `only` is None or "averaged"."""
-    if only not in (None, "averaged"):
-        raise ValueError(f"only needs to be None or 'averaged', got only={only!r}; 'averaged' leaves out the rest")

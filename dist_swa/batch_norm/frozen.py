@@ -10,7 +10,7 @@ from torch import nn
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.batch_norm.recalibrate import recalibrate_batch_norm
 from dist_swa.sharding.fqn import NamePattern, select
-from dist_swa.sharding.wrappers import collective_groups, unwrap
+from dist_swa.sharding.wrappers import unwrap
 
 
 class FrozenLayers:
@@ -29,16 +29,14 @@ class FrozenLayers:
     def recalibrate(self, batches: Iterable[Any] | None, **options: Any) -> None:
         """Call `recalibrate_batch_norm` for the other layers. ValueError where it needs `batches`.
 
-        Without `batches` a collective of a model that is replicated or sharded, if it has layers. Local otherwise.
+        A collective with `batches`, and under DDP. Local otherwise.
         """
         options = skipping(self.names.__contains__, options)
-        if batches is None:
-            if self._layers.keys() <= select(self._layers, options["skip"], "skip"):
-                return
-            module, ddp = unwrap(self._model)
-            if ddp is None and not any(collective_groups(module)):
+        if batches is None and unwrap(self._model)[1] is None:
+            if self._layers.keys() - select(self._layers, options["skip"], "skip"):
                 raise _error_without_batches()
-            batches = _NoBatches()
+            return
+        batches = _NoBatches() if batches is None else batches
         recalibrate_batch_norm(self._model, batches, **options)
 
     def saved(self) -> list[bool]:

@@ -92,9 +92,9 @@ def recalibrate_batch_norm(
         progress: show a progress bar on the first rank.
 
     Invalid arguments and batches raise TypeError or ValueError. ValueError, too, if no rank has a batch, or if ranks
-    would recalibrate different layers. An error on one
-    rank, from its loader or `forward`, raises there and as RuntimeError on all other ranks. The exception is an error
-    inside a forward with collectives: the other ranks wait in it, and it raises on its own rank only.
+    would recalibrate different layers. An error on one rank, from its loader or `forward`, raises there and as
+    RuntimeError on all other ranks. The exception is an error inside a forward with collectives: the other ranks wait
+    in it, and it raises on its own rank only.
 
     Memory: float64 copies of the statistics and a copy of all buffers. Communication: one small all-reduce, and three
     per pass. A sharded model adds one of five integers per batch, and sends a batch to each rank without any.

@@ -23,7 +23,7 @@ from dist_swa.checkpoint.cast import check_dtype, checked_cast
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
 from dist_swa.collectives import raise_on_all, rank_and_world_size
-from dist_swa.sharding.opaque import is_opaque
+from dist_swa.sharding.opaque import is_subclass
 from dist_swa.sharding.shard import LoadOnlyTensor, to_local
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
 from dist_swa.swa import SWA
@@ -192,7 +192,7 @@ class _ShardReader:
 
 def _check_are_plain(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, LoadOnlyTensor) and is_opaque(tensor):
+        if not isinstance(tensor, LoadOnlyTensor) and is_subclass(tensor):
             raise ValueError(
                 f"safetensors need plain tensors, got {name}={type(to_local(tensor)).__name__}; pass only='averaged' to"
                 " leave it out, or save its module's state dict with torch.save"

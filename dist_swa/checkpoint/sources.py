@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_swa.averaging.checks import check_only
+from dist_swa.averaging.averaged_model import check_only
 from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
 from dist_swa.checkpoint.readers import open_reader
 from dist_swa.storage.reader import CheckpointReader

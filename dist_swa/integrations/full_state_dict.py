@@ -19,6 +19,7 @@ def full_state_dict(swa: SWA) -> dict[str, Any]:
     Every rank calls it: a collective if the average is sharded. Memory: one full parameter at a time, and all of them
     on the first rank.
     """
+    swa.average.require_same_models()
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     state = _to_full(swa.state_dict(), is_first)
     return state if is_first else {}

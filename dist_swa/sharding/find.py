@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_swa.sharding.dtensor import DTensorShard
 from dist_swa.sharding.fqn import clean_name
-from dist_swa.sharding.opaque import OpaqueShard, is_opaque
+from dist_swa.sharding.opaque import OpaqueShard, is_subclass
 from dist_swa.sharding.plain import PlainShard
 from dist_swa.sharding.replicas import ReplicaShard, replica_layout
 from dist_swa.sharding.shard import Layout, LocalShard
@@ -70,15 +71,19 @@ def storage_fingerprint(module: nn.Module, parameters: Iterable[LocalShard]) -> 
     return storages, keys, [id(part) for part in parts]
 
 
-def write_marks(shards: Iterable[LocalShard]) -> dict[str, tuple[int, int, int]]:
-    """Return, by name, a value that differs after a parameter was written, in place or by assigning `data`. Cheap."""
+def write_marks(shards: Iterable[LocalShard]) -> dict[tuple[str, torch.Size], tuple[int, int, int]]:
+    """Return, by name and shape, a value that differs after a parameter was written. Cheap.
+
+    A write is one in place, or ``parameter.data = other`` of the same shape. A layer of bitsandbytes that repacks its
+    weight does not write it.
+    """
     marks = {}
     for shard in shards:
         tensor = shard.owner[shard.key]
         local = getattr(tensor, "_local_tensor", tensor)
         # A write raises the version of the DTensor or of its local tensor, not of both.
         versions = (0, 0) if tensor.is_inference() else (tensor._version, local._version)
-        marks[shard.name] = (shard.data_ptr(), *versions)
+        marks[shard.name, local.shape] = (shard.data_ptr(), *versions)
     return marks
 
 
@@ -118,10 +123,10 @@ def _find_tensors(module: nn.Module, kind: str) -> Sequence[_Found]:
 def _shard_of(found: _Found, replica_mesh: DeviceMesh | None) -> LocalShard:
     names, owner, key, tensor, is_persistent = found
     where = (tuple(names), owner, key, tensor.shape, tensor.stride(), is_persistent)
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and is_subclass(tensor):
+        return OpaqueShard(*where)
     if isinstance(tensor, DTensor):
         return DTensorShard(*where, mesh_layout=Layout(tensor.device_mesh, tensor.placements))
-    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and is_opaque(tensor):
-        return OpaqueShard(*where)
     if replica_mesh is None:
         return PlainShard(*where)
     return ReplicaShard(*where, mesh_layout=replica_layout(tensor.shape, replica_mesh))

@@ -63,7 +63,7 @@ class ModelShards:
         self._fsdp_modules = find_fsdp_modules(self.module)
         self._flat_meshes: FlatMeshes = {}
         self._replica_mesh: DeviceMesh | None = None
-        self._marks: dict[str, tuple[int, int, int]] = {}  # of the parameters that are not averaged
+        self._marks: dict[tuple[str, torch.Size], tuple[int, int, int]] = {}  # of the parameters that are not averaged
         self._written: set[str] = set()
         self.averaged: list[LocalShard] = []
         self.others: list[LocalShard] = []
@@ -88,13 +88,16 @@ class ModelShards:
     def refresh(self) -> None:
         """Reshard, and use the parameters and buffers that the model has now. Local.
 
-        Raises ValueError, with the first name that differs, unless all names, shapes and layouts are as before.
+        Raises ValueError, with the first name that differs, unless all names are as before, and the shapes and layouts
+        of averaged parameters.
         """
         self.reshard()
         now = {shard.name: shard for shard in self._find_parameters()}
-        before = {shard.name: shard for shard in [*self.averaged, *self.others]}
-        for name in [*before, *now]:
-            if name not in now or name not in before or not now[name].has_layout_of(before[name]):
+        before = {shard.name: shard for shard in self.averaged}
+        others = {shard.name for shard in self.others}  # a quantised weight may change its shape
+        for name in [*before, *others, *now]:
+            is_known = name in others or (name in before and name in now and now[name].has_layout_of(before[name]))
+            if name not in now or not is_known:
                 raise ValueError(
                     "ShardedAverage needs the parameters it was built on, got other names, another shape or layout of"
                     f" parameter={name!r}; build the average after the model has its parameters and wrapper"
@@ -132,7 +135,7 @@ class ModelShards:
         flattened = {id(shard.owner[shard.key]) for shard in self.averaged} if self.others else set()
         others = [shard for shard in self.others if not shard.is_opaque]
         marks = write_marks(shard for shard in others if id(shard.owner[shard.key]) not in flattened)
-        self._written |= {name for name, mark in marks.items() if mark != self._marks.get(name, mark)}
+        self._written |= {key[0] for key, mark in marks.items() if mark != self._marks.get(key, mark)}
         self._marks = marks
 
     def write(self, averages: Sequence[Tensor]) -> None:
@@ -159,7 +162,8 @@ class ModelShards:
             reshard(self._fsdp_modules, discard_prefetched=True)
             with torch.no_grad():
                 for shard, value in values:
-                    copy_unless_expanded(shard.local_tensor, value)
+                    if shard.local_tensor.shape == value.shape:
+                        copy_unless_expanded(shard.local_tensor, value)
             known = set(self._written)
             self.note_writes()
             if new := sorted(self._written - known):

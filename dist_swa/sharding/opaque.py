@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_swa.sharding.plain import PlainShard
 from dist_swa.sharding.shard import to_local
@@ -18,14 +19,20 @@ class OpaqueShard(PlainShard):
 
     is_opaque = True
 
+    @property
+    def local_tensor(self) -> Tensor:
+        return cast(Tensor, self.owner[self.key]).detach()
+
     def data_ptr(self) -> int:
         return 0  # a subclass has no storage of its own, and may refuse the call
 
     def plain_tensors(self) -> list[Tensor]:
-        return list(_inner_tensors(self.owner[self.key]))
+        """Return the tensors inside; none of a DTensor, whose ranks have different parts."""
+        tensor = self.owner[self.key]
+        return [] if isinstance(tensor, DTensor) else list(_inner_tensors(tensor))
 
 
-def is_opaque(tensor: Tensor) -> bool:
+def is_subclass(tensor: Tensor) -> bool:
     """Whether `tensor`, or the local tensor of a DTensor, has a class of its own, beyond that of a parameter."""
     return type(to_local(tensor)) is not Tensor
 

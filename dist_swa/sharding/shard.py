@@ -141,11 +141,6 @@ class MeshShard(LocalShard):
         return self.mesh_layout
 
     @property
-    def is_replica(self) -> bool:
-        """Whether each rank of a group has the whole tensor, and averages a part of it."""
-        return False
-
-    @property
     def is_on_first_rank(self) -> bool:
         return not any(self.layout.mesh.get_coordinate() or ())
 

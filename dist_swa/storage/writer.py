@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from dist_swa.storage.reader import METADATA, SUMS, WRITER, format_sums
@@ -40,7 +41,9 @@ class SavePlannerWithoutPickle(DefaultSavePlanner):
             for key, value in self.state_dict.items():
                 if not isinstance(value, Tensor):
                     self.state_dict[key] = _copy_of_value(key, value)
-                elif copy_to_cpu:
+                    continue
+                _check_is_plain(key, value)
+                if copy_to_cpu:
                     self.state_dict[key] = value.to("cpu", copy=True)
 
     def set_up_planner(
@@ -147,6 +150,16 @@ class _HashedFile(io.BufferedWriter):
     def write(self, data: Any) -> int:
         self.digest.update(data)
         return super().write(data)
+
+
+def _check_is_plain(key: str, tensor: Tensor) -> None:
+    """Raise TypeError for a quantised weight or another subclass that contains other tensors: no load would read it."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if hasattr(local, "__tensor_flatten__"):
+        raise TypeError(
+            f"save needs plain tensors, got {key}={type(local).__name__}; leave it out, as the state dict of the"
+            " parameters that are trained does, and save it once with torch.save"
+        )
 
 
 def _copy_of_value(key: str, value: Any) -> Any:

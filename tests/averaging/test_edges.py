@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa import EMA, SWA, ShardedAverage, Window, checkpoint, recalibrate_batch_norm
+from dist_swa.integrations.full_state_dict import full_state_dict
 from models import build, local_tensor, same_bits, train, wrap
 from ranks import on_ranks
 
@@ -32,6 +34,8 @@ USES: dict[str, Use] = {
     "finalize": lambda swa, folder: swa.finalize([torch.ones(2, 4)]),
     "save": lambda swa, folder: checkpoint.save({"swa": swa}, folder / "saved"),
     "export": lambda swa, folder: checkpoint.export(swa, folder / "exported"),
+    "full_state_dict": lambda swa, folder: swa.average.full_state_dict(),
+    "one file": lambda swa, folder: full_state_dict(swa),
 }
 
 
@@ -43,7 +47,10 @@ def run_in_which_rank_1_misses_an_update(wrapper: str, first: int) -> SWA:
     return swa
 
 
-SHARED_USES = [*(("ddp", use) for use in USES), *(("fsdp2", use) for use in ("save", "export", "finalize"))]
+SHARED_USES = [
+    *(("ddp", use) for use in USES),
+    *(("fsdp2", use) for use in ("save", "export", "finalize", "full_state_dict", "one file")),
+]
 
 
 @pytest.mark.parametrize(("wrapper", "use"), [*SHARED_USES, ("fsdp1", "finalize"), ("tp", "finalize")])
@@ -57,7 +64,11 @@ def test_a_missed_update_raises_on_every_rank_and_names_both_numbers(wrapper: st
 
 @pytest.mark.parametrize(
     ("wrapper", "use"),
-    [("ddp", "swapped_in"), ("ddp", "transfer"), *((one, "finalize") for one in ("ddp", "fsdp1", "fsdp2", "tp"))],
+    [
+        ("ddp", "swapped_in"),
+        ("ddp", "transfer"),
+        *product(("ddp", "fsdp1", "fsdp2", "tp"), ("finalize", "full_state_dict", "one file")),
+    ],
 )
 @on_ranks(2, timeout_s=30.0)
 def test_a_rank_without_any_update_raises_on_every_rank(wrapper: str, use: str, tmp_path: Path) -> None:

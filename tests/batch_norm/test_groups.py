@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from batch_norm_models import (
@@ -183,12 +185,25 @@ def test_layers_on_one_rank_only_raise_on_every_rank(given: str) -> None:
         PASSES[given](stage_of(dist.get_rank()))
 
 
-@on_ranks(2, timeout_s=HANG_S)
-def test_without_batches_only_the_rank_with_layers_raises() -> None:
-    swa = averaged(stage_of(dist.get_rank()))
-    expected = pytest.raises(ValueError, match="needs batches") if dist.get_rank() == 0 else contextlib.nullcontext()
+@pytest.mark.parametrize("is_sharded", [False, True])
+@on_ranks(4, timeout_s=HANG_S)
+def test_without_batches_only_the_ranks_with_layers_raise(is_sharded: bool) -> None:
+    stage, mesh = dist.get_rank() // 2, init_device_mesh("cpu", (2, 2), mesh_dim_names=("stages_of_4", "data_of_4"))
+    model: nn.Module = stage_of(stage)
+    if is_sharded:
+        fully_shard(model, mesh=mesh["data_of_4"])
+    swa = averaged(model)
+    expected = pytest.raises(ValueError, match="needs batches") if stage == 0 else contextlib.nullcontext()
     with expected:
         swa.finalize()
+
+
+@on_ranks(2, timeout_s=HANG_S)
+def test_a_layer_that_is_frozen_on_one_replica_only_raises_on_all() -> None:
+    model = stage_of(0)
+    model[1].train(dist.get_rank() == 0)
+    with pytest.raises(ValueError, match="same layers on every rank"):
+        averaged(DistributedDataParallel(model)).finalize()
 
 
 @pytest.mark.parametrize("is_ddp", [False, True])

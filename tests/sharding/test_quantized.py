@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_swa import SWA, ShardedAverage, checkpoint
@@ -218,3 +219,42 @@ def test_a_quantised_model_resumes(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(net.lora.weight[0, 0].item(), (1 + 2 + 5) / 3)
     again.finalize()
     assert net.lora.weight.lt(3).all()
+
+
+@KIND
+def test_save_refuses_what_load_would_refuse(kind: str, tmp_path: Path) -> None:
+    if kind not in NO_SAFETENSORS:
+        return
+    net, swa = averaged(kind)
+    with pytest.raises(TypeError, match=rf"plain tensors, got model.base.weight={NO_SAFETENSORS[kind]}; leave it out"):
+        checkpoint.save({"swa": swa, "model": net.state_dict()}, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_ranks(2)
+def test_a_sharded_quantised_weight_is_as_in_the_state_dict_of_its_module(tmp_path: Path) -> None:
+    net = Net("nf4")
+    fully_shard(net)
+    swa = SWA(net, swa_start="1ba")
+    swa.step()
+    full, expected = swa.average.full_state_dict(), net.state_dict()["base.weight"]
+    assert sorted(full) == (["base.weight", "lora.bias", "lora.weight"] if torch.distributed.get_rank() == 0 else [])
+    if full:
+        assert same(full["base.weight"].to_local(), expected.to_local())
+    with pytest.raises(ValueError, match=r"plain tensors, got base.weight=NF4Tensor"):
+        checkpoint.export(swa, tmp_path / "out")
+    checkpoint.save({"swa": swa}, tmp_path / "saved")
+    checkpoint.export(tmp_path / "saved", tmp_path / "out.safetensors", only="averaged")
+    assert sorted(load_file(tmp_path / "out.safetensors")) == ["lora.bias", "lora.weight"]
+
+
+def test_a_frozen_weight_may_change_its_shape() -> None:
+    """A layer of bitsandbytes repacks its weight in the first forward of an evaluation on a CPU."""
+    net = nn.ModuleDict({"base": nn.Linear(4, 4).requires_grad_(False), "lora": nn.Linear(4, 2)})
+    swa = SWA(net, swa_start="1ba")
+    swa.step()
+    with swa.swapped_in():
+        net["base"].weight = nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+    assert swa.step()
+    swa.finalize()
+    assert swa.average.full_state_dict()["base.weight"].shape == (2, 8)
