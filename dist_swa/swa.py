@@ -194,7 +194,7 @@ class SWA:
         self._lr_phase.end()
 
     def metrics(self, *, distance: bool = False) -> dict[str, float]:
-        """`ShardedAverage.metrics`, and `num_skipped`: a flat dict for any logger."""
+        """`ShardedAverage.metrics`, with its `distance`, and `num_skipped`: a flat dict for any logger."""
         return {**self.average.metrics(distance=distance), "num_skipped": self.num_skipped}
 
     def reset(self, *, batches: int = 0, epochs: int | None = None, samples: int = 0, tokens: int = 0) -> None:
