@@ -49,6 +49,11 @@ class SWA:
             stays due at the next step. The first skip warns, and `num_skipped` counts them. Each update then reads the
             shards once more and makes a small all-reduce for each axis of the mesh.
 
+    Attributes:
+        average: the `ShardedAverage`, for `full_state_dict` and the like.
+        schedule: the times, and the position in the run: ``schedule.now.batches``.
+        num_skipped: the updates that `skip_nonfinite` refused.
+
     Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is. The
     method is that of arXiv:1803.05407, section 3.
 

@@ -1,5 +1,6 @@
-"""Write the API pages into a folder: python launch/api_pages.py FOLDER. Called by launch/docs."""
+"""Write the API pages from the docstrings."""
 
+import argparse
 import logging
 import re
 import sys
@@ -52,5 +53,8 @@ def without_dead_links(html: str) -> str:
 
 
 if __name__ == "__main__":
-    write_pages(Path(sys.argv[1]))
-    print(f"launch/docs: open {Path(sys.argv[1], 'index.html').resolve()}")
+    parser = argparse.ArgumentParser("launch/docs", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default="build/api", help="of the pages (default: %(default)s)")
+    folder = parser.parse_args().folder
+    write_pages(folder)
+    print(f"launch/docs: open {(folder / 'index.html').resolve()}")

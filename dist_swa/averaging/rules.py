@@ -106,9 +106,10 @@ class Polynomial(Rule):
 class EMA(Rule):
     """Exponential moving average: the first model is copied, then ``avg += (1 - decay) (model - avg)``.
 
-    Pass either `decay`, in [0, 1), or `half_life`, a time string in ``ba``, ``sp``, ``tok`` or ``ep`` ("2000ba"): the
-    weight of a model halves in this amount of training, at any update interval. `warmup` limits `decay` to
-    ``(1 + n) / (10 + n)``, with n models averaged before. Raises ValueError for any other combination.
+    arXiv:2411.18704 studies it. Pass either `decay`, in [0, 1), or `half_life`, a time string in ``ba``, ``sp``,
+    ``tok`` or ``ep`` ("2000ba"): the weight of a model halves in this amount of training, at any update interval.
+    `warmup` limits `decay` to ``(1 + n) / (10 + n)``, with n models averaged before. Raises ValueError for any other
+    combination.
 
     Example:
 
