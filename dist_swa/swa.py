@@ -49,12 +49,33 @@ class SWA:
             stays due at the next step. The first skip warns, and `num_skipped` counts them. Each update then reads the
             shards once more and makes a small all-reduce for each axis of the mesh.
 
+    Attributes:
+        average: the `ShardedAverage`, for `full_state_dict` and the like.
+        schedule: the times, and the position in the run: ``schedule.now.batches``.
+        num_skipped: the updates that `skip_nonfinite` refused.
+
     Raises ValueError or TypeError for arguments that do not fit together. A collective where `ShardedAverage` is. The
     method is that of arXiv:1803.05407, section 3.
 
     Warns once, as soon as it can be known: that `swa_start` comes too late for `max_duration` (here or in the first
     `step`), that `max_duration` is over (in a later `step`), and that the schedule reads epochs which nobody has
     counted (in the first `step` from a `swa_start` above 0 on; `steps_per_epoch` is the remedy).
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import SWA
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> swa = SWA(model, max_duration="10ba", swa_start="0.5dur")
+    >>> for _ in range(10):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    ...     updated = swa.step()
+    >>> swa.num_averaged
+    6
+    >>> swa.finalize()  # the average is in the model
     """
 
     def __init__(
@@ -200,7 +221,8 @@ class SWA:
     def reset(self, *, batches: int = 0, epochs: int | None = None, samples: int = 0, tokens: int = 0) -> None:
         """Forget the average, and set the position in the run. Local; RuntimeError inside `swapped_in`.
 
-        `epochs` follows from `batches` where `steps_per_epoch` was given, and is 0 by default otherwise.
+        `batches` are the optimizer steps made so far, `epochs` the ended epochs, `samples` and `tokens` sums over all
+        ranks. `epochs` follows from `batches` where `steps_per_epoch` was given, and is 0 by default otherwise.
         """
         self.average.reset()
         if epochs is None:
@@ -227,9 +249,10 @@ class SWA:
         return {**self.average.state_dict(), "schedule": self._schedule_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the average and the position in the schedule: as `ShardedAverage.load_state_dict`, also its errors.
+        """Load what `state_dict` returned. Who calls it, and errors: as `ShardedAverage.load_state_dict`.
 
-        Start, end, interval and rates stay as constructed.
+        The average and the position in the schedule come from `state_dict`. Start, end, interval and rates stay as
+        constructed.
         """
         self.average.require_trained_weights("load_state_dict")
         check_keys(state_dict, ["schedule"])
@@ -250,11 +273,11 @@ class SWA:
             self._lr_phase.resume(self.num_averaged)
 
     def check_ranks(self, process_group: dist.ProcessGroup | None = None) -> None:
-        """See `ShardedAverage.check_ranks`."""
+        """`ShardedAverage.check_ranks` of `process_group`."""
         self.average.check_ranks(process_group)
 
     def check_saved(self, saved: Mapping[str, Any]) -> set[str]:
-        """See `ShardedAverage.check_saved`; the schedule of any run fits."""
+        """`ShardedAverage.check_saved` of `saved`; the schedule of any run fits."""
         return self.average.check_saved(saved)
 
     def _advance(self, count: Callable[[], Decision]) -> bool:

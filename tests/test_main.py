@@ -331,7 +331,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert raised.value.code == 0
     assert capsys.readouterr().out == f"dist-swa, version {dist_swa.__version__}\n"
-    assert f'version = "{dist_swa.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_commands_of_readme_and_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

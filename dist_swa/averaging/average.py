@@ -48,6 +48,21 @@ class ShardedAverage:
     A copy of the buffers for each average, and of averaged ones another copy per slot in `dtype`. 1 MiB where `dtype`
     or `device` is not that of the parameters. Raises ValueError or TypeError, on every rank alike, for arguments and
     models that cannot be averaged.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import EMA, ShardedAverage
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> average = ShardedAverage(model, EMA(decay=0.9))
+    >>> for value in (1.0, 2.0):
+    ...     _ = torch.nn.init.constant_(model.weight, value)  # a training step
+    ...     average.update()
+    >>> with average.swapped_in():
+    ...     print(f"{model.weight.item():.2f}")
+    1.10
+    >>> model.weight.item()
+    2.0
     """
 
     def __init__(
@@ -118,13 +133,13 @@ class ShardedAverage:
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
         """Put the averaged weights and buffers into the model inside the ``with``, and restore its own on exit.
 
-        Every rank calls it. Entering is a collective under DDP. Leaving is local, also on an error. Buffers that are
-        written inside, as by a recalibration, stay with the average. torch's random state, of the CPU and of the
-        model's device, is restored as well. What is taken inside by reference, as by ``model.state_dict()``,
-        `torch.export.export` or `torch.jit.trace`, has the trained weights again when the block ends: copy it inside
-        with `copy.deepcopy`, or take `full_state_dict`. Memory: a copy of the trained weights of this rank, and of the
-        buffers. Raises RuntimeError before the first update and inside another ``swapped_in``, and ValueError where the
-        model has other parameters than the average.
+        `name`: one of several averages. Every rank calls it. Entering is a collective under DDP. Leaving is local, also
+        on an error. Buffers that are written inside, as by a recalibration, stay with the average. torch's random
+        state, of the CPU and of the model's device, is restored as well. What is taken inside by reference, as by
+        ``model.state_dict()``, `torch.export.export` or `torch.jit.trace`, has the trained weights again when the block
+        ends: copy it inside with `copy.deepcopy`, or take `full_state_dict`. Memory: a copy of the trained weights of
+        this rank, and of the buffers. Raises RuntimeError before the first update and inside another ``swapped_in``,
+        and ValueError where the model has other parameters than the average.
         """
         state = self._checked_state("swapped_in", name)
         with self._preserve_random_state(), self._shards.preserve_state():
@@ -141,8 +156,8 @@ class ShardedAverage:
     def transfer(self, name: str | None = None) -> None:
         """Put the averaged weights and buffers into the model, permanently. A collective under DDP.
 
-        Raises RuntimeError before the first update and inside `swapped_in`, and ValueError where the model has other
-        parameters than the average.
+        `name`: one of several averages. Raises RuntimeError before the first update and inside `swapped_in`, and
+        ValueError where the model has other parameters than the average.
         """
         self._write(self._checked_state("transfer", name))
 
@@ -155,7 +170,7 @@ class ShardedAverage:
         return self._shards.are_finite([shard.local for shard in self._averages.averaged_shards()])
 
     def is_finite(self, name: str | None = None) -> bool:
-        """As `is_model_finite`, of the average."""
+        """As `is_model_finite`, of the average; `name`: one of several."""
         return self._shards.are_finite(self._averages.get("is_finite", name).tensors())
 
     @torch.no_grad()
@@ -195,13 +210,14 @@ class ShardedAverage:
     def full_state_dict(self, name: str | None = None, *, only: str | None = None) -> dict[str, Any]:
         """Return copies of the whole averaged tensors on the CPU, on the first rank, and {} on other ranks.
 
-        A collective for a model that is sharded or replicated; for a plain module without a group every rank gets the
-        dict. It loads into the unwrapped model with ``strict=True``: parameters in the dtype of the average, under all
-        their names if they are tied, and other parameters and persistent buffers in their own dtypes. What only a
-        module can give, such as a quantised weight and its scales, is as in its own ``state_dict()``. With
-        ``only="averaged"`` the dict has the averaged parameters only. Memory: one whole parameter at a time on every
-        rank, all of them on the first. Raises RuntimeError before the first update, and on all ranks that share the
-        model where one has averaged another number of models; ValueError for another `only`.
+        `name`: one of several averages. A collective for a model that is sharded or replicated; for a plain module
+        without a group every rank gets the dict. It loads into the unwrapped model with ``strict=True``: parameters in
+        the dtype of the average, under all their names if they are tied, and other parameters and persistent buffers in
+        their own dtypes. What only a module can give, such as a quantised weight and its scales, is as in its own
+        ``state_dict()``. With ``only="averaged"`` the dict has the averaged parameters only. Memory: one whole
+        parameter at a time on every rank, all of them on the first. Raises RuntimeError before the first update, and
+        on all ranks that share the model where one has averaged another number of models; ValueError for another
+        `only`.
         """
         self.require_same_models()
         return self._averaged_model("full_state_dict", name, only).full_state_dict()
@@ -210,9 +226,9 @@ class ShardedAverage:
     def sharded_state_dict(self, name: str | None = None, *, only: str | None = None) -> dict[str, Any]:
         """Return the averaged model, sharded, for torch.distributed.checkpoint. Every rank calls it.
 
-        Keys and values are those of `full_state_dict`. Parameters are DTensors on the storage of average and model
-        (under FSDP1, and for a `Window`, copies). Local, except under FSDP1, where it is a collective. Raises
-        RuntimeError before the first update.
+        `name`, `only`, keys and values are those of `full_state_dict`. Parameters are DTensors on the storage of
+        average and model (under FSDP1, and for a `Window`, copies). Local, except under FSDP1, where it is a
+        collective. Raises RuntimeError before the first update.
         """
         return self._averaged_model("sharded_state_dict", name, only).sharded_state_dict()
 

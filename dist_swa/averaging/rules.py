@@ -23,16 +23,20 @@ class Rule(ABC):
 
     A subclass is a frozen dataclass of plain values that implements `weight`. It has no state: all ranks must get the
     same weights, also after a resume. A checkpoint stores the class name and the ``repr``. Loading it into another
-    class raises, and other values warn. Example, an EMA that starts as an equal average::
+    class raises, and other values warn. A rule that reads `elapsed` overrides `unit`. `Window` has several slots.
 
-        @dataclass(frozen=True)
-        class LateEMA(Rule):
-            decay: float = 0.99
+    Example: an EMA that starts as an equal average.
 
-            def weight(self, n: int, elapsed: Elapsed = None) -> float:
-                return max(1 / n, 1 - self.decay)
-
-    A rule that reads `elapsed` overrides `unit`. `Window` shows a rule with several slots.
+    >>> from dataclasses import dataclass
+    >>> from dist_swa import Rule
+    >>> @dataclass(frozen=True)
+    ... class LateEMA(Rule):
+    ...     decay: float = 0.99
+    ...
+    ...     def weight(self, n, elapsed=None):
+    ...         return max(1 / n, 1 - self.decay)
+    >>> LateEMA(decay=0.5).coefficients(3)
+    [0.25, 0.25, 0.5]
     """
 
     @property
@@ -61,7 +65,14 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Equal(Rule):
-    """SWA: all N models have the weight 1/N. arXiv:1803.05407, section 3.2."""
+    """SWA: all N models have the weight 1/N. arXiv:1803.05407, section 3.2.
+
+    Example:
+
+    >>> from dist_swa import Equal
+    >>> Equal().coefficients(4)
+    [0.25, 0.25, 0.25, 0.25]
+    """
 
     def weight(self, n: int, elapsed: Elapsed = None) -> float:
         return 1 / n
@@ -72,6 +83,12 @@ class Polynomial(Rule):
     """Polynomial decay: weights grow like ``i**eta``; ``eta=0`` is `Equal`. arXiv:1212.1824, section 4.
 
     Raises ValueError unless `eta` is a finite number >= 0.
+
+    Example:
+
+    >>> from dist_swa import Polynomial
+    >>> [round(weight, 3) for weight in Polynomial(eta=1).coefficients(3)]
+    [0.167, 0.333, 0.5]
     """
 
     eta: float
@@ -89,9 +106,18 @@ class Polynomial(Rule):
 class EMA(Rule):
     """Exponential moving average: the first model is copied, then ``avg += (1 - decay) (model - avg)``.
 
-    Pass either `decay`, in [0, 1), or `half_life`, a time string in ``ba``, ``sp``, ``tok`` or ``ep`` ("2000ba"): the
-    weight of a model halves in this amount of training, at any update interval. `warmup` limits `decay` to
-    ``(1 + n) / (10 + n)``, with n models averaged before. Raises ValueError for any other combination.
+    arXiv:2411.18704 studies it. Pass either `decay`, in [0, 1), or `half_life`, a time string in ``ba``, ``sp``,
+    ``tok`` or ``ep`` ("2000ba"): the weight of a model halves in this amount of training, at any update interval.
+    `warmup` limits `decay` to ``(1 + n) / (10 + n)``, with n models averaged before. Raises ValueError for any other
+    combination.
+
+    Example:
+
+    >>> from dist_swa import EMA
+    >>> [round(weight, 3) for weight in EMA(decay=0.9).coefficients(3)]
+    [0.81, 0.09, 0.1]
+    >>> EMA(half_life="100ba").weight(2, elapsed=100)
+    0.5
     """
 
     decay: float | None = None
@@ -141,6 +167,12 @@ class PowerEMA(Rule):
 
     ``w_n = 1 - (1 - 1/n)**(gamma + 1)`` with the gamma of ``sigma_rel = (gamma+1)^.5 (gamma+2)^-1 (gamma+3)^-.5``.
     Raises ValueError unless `sigma_rel` is in (0, 12**-0.5). The paper uses 0.05 and 0.10.
+
+    Example:
+
+    >>> from dist_swa import PowerEMA
+    >>> [round(weight, 3) for weight in PowerEMA(sigma_rel=0.10).coefficients(4)]
+    [0.0, 0.004, 0.098, 0.898]
     """
 
     sigma_rel: float
@@ -179,6 +211,12 @@ class DecayShaped(Rule):
 
     `shape` is "minus_sqrt" (the oldest model has the largest weight), "linear" (the same as `Equal`) or "cosine".
     `total` is the number of models to average. One more raises RuntimeError.
+
+    Example:
+
+    >>> from dist_swa import DecayShaped
+    >>> [round(weight, 3) for weight in DecayShaped("minus_sqrt", total=4).coefficients(4)]
+    [0.5, 0.207, 0.159, 0.134]
     """
 
     shape: str
@@ -202,6 +240,12 @@ class Window(Rule):
     """LAWA: the equal average of the last `size` models. arXiv:2209.14981, section 3.
 
     Memory: `size` copies of the local shards, and one more while the average is swapped in or exported.
+
+    Example:
+
+    >>> from dist_swa import Window
+    >>> Window(size=2).coefficients(4)
+    [0.0, 0.0, 0.5, 0.5]
     """
 
     size: int

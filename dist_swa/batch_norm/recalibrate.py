@@ -98,6 +98,15 @@ def recalibrate_batch_norm(
 
     Memory: float64 copies of the statistics and a copy of all buffers. Communication: one small all-reduce, and three
     per pass. A sharded model adds one of five integers per batch, and sends a batch to each rank without any.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import recalibrate_batch_norm
+    >>> model = torch.nn.BatchNorm1d(1)
+    >>> recalibrate_batch_norm(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])])
+    >>> model.running_mean, model.running_var
+    (tensor([3.]), tensor([6.6667]))
     """
     module, ddp = unwrap(model)
     layers = batch_norm_layers(module)

@@ -73,6 +73,18 @@ def export(
     is not averaged is missing, safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first
     update; FileExistsError; OSError if the disk is full or read-only; CheckpointError if a file is damaged or asks to
     run code. Every rank raises the same error, and `out` is not created.
+
+    Example:
+
+    >>> import torch
+    >>> from safetensors.torch import load_file
+    >>> from dist_swa import ShardedAverage, checkpoint
+    >>> model = torch.nn.Linear(2, 2)
+    >>> average = ShardedAverage(model)
+    >>> average.update()
+    >>> checkpoint.export(average, "average.safetensors")
+    >>> model.load_state_dict(load_file("average.safetensors"))
+    <All keys matched successfully>
     """
     out = Path(out)
     check_dtype("export", dtype)

@@ -79,6 +79,17 @@ def merge(
     Raises ValueError if sources differ (it names the first name, shape or dtype that does), if `weights` do not fit,
     or if a sum overflows its dtype; and what `export` raises. Every rank raises the same error, and `out` is not
     created.
+
+    Example:
+
+    >>> import torch
+    >>> from safetensors.torch import load_file, save_file
+    >>> from dist_swa import checkpoint
+    >>> save_file({"weight": torch.tensor([1.0])}, "a.safetensors")
+    >>> save_file({"weight": torch.tensor([2.0])}, "b.safetensors")
+    >>> checkpoint.merge(["a.safetensors", "b.safetensors"], "c.safetensors", weights=[1, 3])
+    >>> load_file("c.safetensors")
+    {'weight': tensor([1.7500])}
     """
     with raise_on_all():
         check_dtype("merge", dtype)

@@ -36,6 +36,7 @@ def synthesize(
     arXiv:2312.02696, section 3.2. `sources` are checkpoints of one run in any order. Their averages by `PowerEMA` are
     combined; the paper uses the widths 0.05 and 0.10. With a `key`, only the averages of that name are used. The result
     is the average at the time of the latest one. `out` (with ``dist_swa.json``), memory and ranks are as in `merge`.
+    With `progress` the first rank shows a progress bar.
 
     The coefficients x minimise |sum_k x_k c_k - c| and sum to 1, where c_k are the known weights of the N models in
     average k, and c those in the result. This float64 least-squares problem is exact; appendix C solves it in
@@ -43,6 +44,21 @@ def synthesize(
 
     Raises ValueError if the error is above 0.1 (too few averages, or too far from `sigma_rel`), if there is no average
     by `PowerEMA`, or one of more than 10**8 models; and what `merge` raises.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import PowerEMA, ShardedAverage, checkpoint
+    >>> model = torch.nn.Linear(2, 2)
+    >>> averages = ShardedAverage(model, {"narrow": PowerEMA(0.05), "wide": PowerEMA(0.10)})
+    >>> for step in range(1, 13):
+    ...     averages.update()
+    ...     if step % 4 == 0:
+    ...         checkpoint.save({"swa": averages}, f"step-{step}")
+    >>> sources = ["step-4", "step-8", "step-12"]
+    >>> error = checkpoint.synthesize(sources, "averaged.safetensors", sigma_rel=0.08)
+    >>> error < 0.05
+    True
     """
     with raise_on_all():
         rule = PowerEMA(sigma_rel)

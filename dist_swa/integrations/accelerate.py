@@ -31,7 +31,30 @@ _attached: WeakSet[AcceleratedSWA] = WeakSet()
 
 
 class AcceleratedSWA(SWA):
-    """An `SWA` whose `step` counts real optimizer steps only, however often it is called. `prepare_swa` builds it."""
+    """An `SWA` whose `step` counts real optimizer steps only, however often it is called. `prepare_swa` builds it.
+
+    `accelerator`, `model`, `optimizer`, `name` and the options are those of `prepare_swa`. Attributes that matter to a
+    training loop are those of `SWA`.
+
+    Example: four batches make two optimizer steps.
+
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from dist_swa.integrations.accelerate import prepare_swa
+    >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> model, optimizer = accelerator.prepare(model, optimizer)
+    >>> swa = prepare_swa(accelerator, model, optimizer, swa_start="1ba")
+    >>> for _ in range(4):
+    ...     with accelerator.accumulate(model):
+    ...         accelerator.backward(model(torch.randn(8, 4)).square().mean())
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...         updated = swa.step()
+    >>> swa.num_averaged
+    2
+    """
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, name: str, **options: Any
@@ -74,7 +97,10 @@ class AcceleratedSWA(SWA):
 
     @contextmanager
     def swapped_in(self, name: str | None = None) -> Iterator[None]:
-        """`SWA.swapped_in`. A loader may be left early inside, as `max_batches` does, without effect on the run."""
+        """`SWA.swapped_in` with its `name`.
+
+        A loader may be left early inside, as `max_batches` does, without effect on the run.
+        """
         state = self.accelerator.gradient_state
         loaders = list(state.dataloader_references)  # only a loader that was read to its end removes itself
         try:
@@ -124,8 +150,8 @@ def prepare_swa(
 ) -> AcceleratedSWA:
     """Return an `SWA` of `model` that the accelerator's ``save_state`` and ``load_state`` save and load, too.
 
-    Call it on every rank with the objects that ``accelerator.prepare`` returned, under DDP, FSDP1, FSDP2 or in one
-    process.
+    Call it on every rank with the `model` and `optimizer` that ``accelerator.prepare`` returned, under DDP, FSDP1,
+    FSDP2 or in one process.
 
     Args:
         num_processes: how many processes the launch is meant to run. Some launches silently run one.
@@ -137,6 +163,24 @@ def prepare_swa(
     Memory, and when it is a collective: as `SWA`. Raises ValueError for a model or optimizer that was not prepared,
     for DeepSpeed, Megatron-LM and XLA, and for another number of processes than `num_processes`; RuntimeError if the
     accelerator already has an average of that name.
+
+    Example:
+
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from dist_swa.integrations.accelerate import prepare_swa
+    >>> accelerator = Accelerator(cpu=True)
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> model, optimizer = accelerator.prepare(model, optimizer)
+    >>> swa = prepare_swa(accelerator, model, optimizer, max_duration="4ba", swa_start="0.5dur")
+    >>> for _ in range(4):
+    ...     accelerator.backward(model(torch.randn(8, 4)).square().mean())
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     updated = swa.step()
+    >>> folder = accelerator.save_state("checkpoint")  # with the average
+    >>> swa.finalize()
     """
     kind = accelerator.distributed_type
     if kind in _UNSUPPORTED or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

@@ -35,8 +35,9 @@ class SWA(Algorithm):  # type: ignore[misc]
     ``fit``; until then the model keeps its trained weights, with a warning. It also keeps them, with a warning, if no
     model was averaged, for example because no epoch has ended.
 
-    With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of Composer's
-    schedulers. Without it, `swa_lr` is ignored, with a warning.
+    One model is averaged in each `update_interval`. With `schedule_swa_lr`, each optimizer step from `swa_start` on
+    uses the rate of `SWA`, and not that of Composer's schedulers: `swa_lr`, reached along `anneal_strategy` in
+    `anneal_steps` updates. Without it, `swa_lr` is ignored, with a warning.
 
     Args:
         evaluate: the weights that evaluation uses between `swa_start` and `swa_end`: "averaged" (with the BatchNorm
@@ -48,6 +49,34 @@ class SWA(Algorithm):  # type: ignore[misc]
     Works with DDP or one process. Raises RuntimeError for a second one in a Trainer. When ``fit`` starts, raises
     ValueError for FSDP and tensor parallelism, and what `dist_swa.SWA` raises. A checkpoint costs an all-gather of the
     average, and its memory on the first rank.
+
+    Example:
+
+    >>> import torch
+    >>> from composer import ComposerModel, Trainer
+    >>> from dist_swa.integrations.composer import SWA
+    >>> class Model(ComposerModel):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(2, 1)
+    ...
+    ...     def forward(self, batch):
+    ...         return self.layer(batch)
+    ...
+    ...     def loss(self, outputs, batch):
+    ...         return outputs.square().mean()
+    >>> model, swa = Model(), SWA(swa_start="1ep", swa_end=None, update_interval="1ba")
+    >>> trainer = Trainer(
+    ...     model=model,
+    ...     optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     train_dataloader=torch.utils.data.DataLoader(torch.randn(32, 2), batch_size=8),
+    ...     max_duration="2ep",
+    ...     device="cpu",
+    ...     algorithms=[swa],
+    ... )
+    >>> trainer.fit()  # the model is the average afterwards
+    >>> swa.swa.num_averaged
+    4
     """
 
     def __init__(

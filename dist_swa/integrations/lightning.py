@@ -70,6 +70,30 @@ class SWACallback(Callback):
 
     When ``fit`` starts, raises RuntimeError for a second `SWACallback`, ValueError for any other strategy, and what
     `SWA` raises.
+
+    Example:
+
+    >>> import lightning.pytorch as pl
+    >>> import torch
+    >>> from dist_swa.integrations.lightning import SWACallback
+    >>> class Module(pl.LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(2, 1)
+    ...
+    ...     def training_step(self, batch, batch_idx):
+    ...         return self.layer(batch).square().mean()
+    ...
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    >>> module, callback = Module(), SWACallback(swa_start="0.5dur")
+    >>> loader = torch.utils.data.DataLoader(torch.randn(32, 2), batch_size=8)
+    >>> options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    >>> options |= {"enable_model_summary": False, "enable_checkpointing": False}
+    >>> trainer = pl.Trainer(max_epochs=2, callbacks=[callback], **options)
+    >>> trainer.fit(module, loader)  # the module is the average afterwards
+    >>> callback.swa.num_averaged
+    5
     """
 
     def __init__(

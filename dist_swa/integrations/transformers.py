@@ -42,6 +42,29 @@ class SWAMixin(Trainer):
         swa_options: the arguments of `add_swa`, as a dict. All other arguments go to `Trainer`.
 
     Raises what `add_swa` and the training with it raise.
+
+    Example:
+
+    >>> import torch
+    >>> from transformers import Trainer, TrainingArguments
+    >>> from dist_swa.integrations.transformers import SWAMixin
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(2, 1)
+    ...
+    ...     def forward(self, x, labels):
+    ...         return {"loss": (self.layer(x) - labels).square().mean()}
+    >>> data = [{"x": torch.randn(2), "labels": torch.ones(1)} for _ in range(32)]
+    >>> arguments = TrainingArguments("run", max_steps=4, use_cpu=True, report_to="none")
+    >>> class MyTrainer(SWAMixin, Trainer):
+    ...     pass
+    >>> options = {"swa_start": "0.5dur"}
+    >>> trainer = MyTrainer(Model(), arguments, train_dataset=data, swa_options=options)
+    >>> _ = trainer.train()
+    {...
+    >>> trainer.swa.num_averaged
+    3
     """
 
     swa: AcceleratedSWA
@@ -125,6 +148,25 @@ def add_swa(
     `metric_for_best_model` that not every evaluation has, for schedules in samples or tokens, for methods that were
     replaced on the trainer itself, and what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of
     the average runs forwards over the training data.
+
+    Example:
+
+    >>> import torch
+    >>> from transformers import Trainer, TrainingArguments
+    >>> from dist_swa.integrations.transformers import add_swa
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(2, 1)
+    ...
+    ...     def forward(self, x, labels):
+    ...         return {"loss": (self.layer(x) - labels).square().mean()}
+    >>> data = [{"x": torch.randn(2), "labels": torch.ones(1)} for _ in range(32)]
+    >>> arguments = TrainingArguments("run", max_steps=4, use_cpu=True, report_to="none")
+    >>> trainer = add_swa(Trainer(Model(), arguments, train_dataset=data), swa_start="0.5dur")
+    >>> _ = trainer.train()
+    {...
+    >>> trainer.save_model("averaged")  # the model is the average now
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"add_swa needs a transformers.Trainer, got {trainer=}; use prepare_swa or SWA in other loops")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from torch import nn
 
-NamePattern: TypeAlias = "str | Callable[[str], bool] | Sequence[NamePattern]"
+NamePattern: TypeAlias = str | Callable[[str], bool] | Sequence["NamePattern"]
 """A shell-style pattern of FQNs ("head.*"), a function of an FQN, or several of them."""
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

@@ -37,6 +37,18 @@ class CheckpointFolder:
 
     Raises on every rank, with nothing changed: ValueError if keep < 1, RuntimeError if another run has locked the
     folder, OSError if the folder cannot be made or written to.
+
+    Example:
+
+    >>> from dist_swa.checkpoint import CheckpointFolder
+    >>> folder = CheckpointFolder("checkpoints", keep=2)
+    >>> for step in (100, 200, 300):
+    ...     folder.save(step, {"tokens": 4096 * step})
+    >>> folder.steps()
+    [200, 300]
+    >>> state = {"tokens": 0}
+    >>> folder.load_latest(state), state
+    (300, {'tokens': 1228800})
     """
 
     def __init__(self, path: str | Path, keep: int = 3) -> None:
@@ -64,7 +76,7 @@ class CheckpointFolder:
         self._remove_old()
 
     def save_async(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save as `save` does, in a thread: return when the state is copied, so that training may change it.
+        """Save `state` as `step`, as `save` does, in a thread. Training may change it after the return.
 
         The next `wait`, `save`, `save_async` or `load_latest` raises an error of the thread, on every rank. Call `wait`
         at the end of the run, before the process group is destroyed. Memory: a copy on the CPU of all that this rank

@@ -24,7 +24,20 @@ WRITER = "dist_swa.checkpoint"  # recorded in `.metadata`, so that a deleted SHA
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged or incomplete, or asks to run code. The message names the file."""
+    """A checkpoint is damaged or incomplete, or asks to run code. The message names the file.
+
+    Example:
+
+    >>> from pathlib import Path
+    >>> from dist_swa import checkpoint
+    >>> checkpoint.save({"step": 1}, "step-1")
+    >>> Path("step-1/SHA256SUMS").unlink()
+    >>> try:
+    ...     checkpoint.open_checkpoint("step-1")
+    ... except checkpoint.CheckpointError as error:
+    ...     print(error)
+    a checkpoint needs its files as they were written, got step-1/SHA256SUMS: it is missing; ...
+    """
 
 
 def format_sums(sums: Mapping[str, str]) -> str:
@@ -37,18 +50,38 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 
     The reader runs no code, and verifies the checksum of a file before it first reads from it. Raises CheckpointError
     if the checkpoint is damaged, incomplete or asks to run code.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import checkpoint
+    >>> checkpoint.save({"model": {"weight": torch.ones(2, 3)}}, "step-1")
+    >>> reader = checkpoint.open_checkpoint("step-1")
+    >>> reader.keys, reader.shape("model.weight")
+    (('model.weight',), torch.Size([2, 3]))
+    >>> reader.read("model.weight")
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
     """
     return CheckpointReader(path)
 
 
 class CheckpointReader(FileSystemReader):
-    """The content of a checkpoint: `keys`, and the `shape`, `dtype` and value of each.
+    """The content of the checkpoint in the folder `path`: `keys`, and the `shape`, `dtype` and value of each. Local.
 
-    Keys are dotted, such as "model.layers.0.weight". The shape and dtype of a value that is not a tensor are None. The
-    reader is also a ``StorageReader`` for dcp.load.
+    Keys are dotted, such as "model.layers.0.weight". The reader is also a ``StorageReader`` for dcp.load. Raises
+    CheckpointError as `open_checkpoint` does.
 
     `has_checksums` is False for a checkpoint that plain dcp.save wrote. Missing and short files, and tensors with
     missing parts, are then detected, but not flipped bits inside of tensors.
+
+    Example:
+
+    >>> from dist_swa import checkpoint
+    >>> checkpoint.save({"epoch": 4, "seed": 0}, "step-840")
+    >>> reader = checkpoint.CheckpointReader("step-840")
+    >>> {key: reader.read(key) for key in reader.keys}
+    {'epoch': 4, 'seed': 0}
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,10 +94,12 @@ class CheckpointReader(FileSystemReader):
         self.keys = tuple(self.metadata.state_dict_metadata)
 
     def shape(self, key: str) -> torch.Size | None:
+        """The shape of the full tensor `key`; None if it is not a tensor. KeyError if it is not in the checkpoint."""
         entry = self._entry(key)
         return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
     def dtype(self, key: str) -> torch.dtype | None:
+        """The dtype of the tensor `key`; None if it is not a tensor. KeyError if it is not in the checkpoint."""
         entry = self._entry(key)
         return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
 

@@ -56,7 +56,7 @@ class SavedEntry(Mapping[str, Any]):
 
 
 def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.ProcessGroup | None = None) -> None:
-    """Save a state dict, as dcp.save takes it, into the new folder `path`. A collective of `process_group`.
+    """Save the state dict `state`, as dcp.save takes it, into the new folder `path`. A collective of `process_group`.
 
     Entries may be ``Stateful``, nested dicts, tensors, and values that torch.load reads with ``weights_only=True``.
     A plain tensor that several ranks have is written by the first of them, so buffers that differ between ranks are
@@ -64,6 +64,13 @@ def save(state: Mapping[str, Any], path: str | Path, *, process_group: dist.Proc
 
     Raises TypeError for other values, FileExistsError if `path` exists, and OSError if it cannot be written (disk
     full, no permission), on every rank; no checkpoint appears then.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import SWA, checkpoint
+    >>> model = torch.nn.Linear(2, 2)
+    >>> checkpoint.save({"model": model.state_dict(), "swa": SWA(model, swa_start="1ba")}, "step-1")
     """
     planner = _plan_save(state, process_group)
     writer = CheckpointWriter(Path(path))
@@ -104,17 +111,30 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     position: Mapping[str, int] | None = None,
 ) -> None:
-    """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does. A collective.
+    """Load the checkpoint in the folder `path` into `state`, in place, as dcp.load does.
 
-    The number of ranks and the wrappers may differ from those of the save. An average of which the checkpoint has
-    nothing is reset, with one warning; the schedule of an `SWA` then starts at `position`, arguments of `SWA.reset`
-    such as ``{"batches": 840}``. Persistent buffers of an average may be missing where they are copied from the model.
-    A checkpoint that plain dcp.save wrote has no checksums: one warning says that damage inside tensors is not
-    detected.
+    A collective of `process_group`. The number of ranks and the wrappers may differ from those of the save. An average
+    of which the checkpoint has nothing is reset, with one warning; the schedule of an `SWA` then starts at `position`,
+    arguments of `SWA.reset` such as ``{"batches": 840}``. Persistent buffers of an average may be missing where they
+    are copied from the model. A checkpoint that plain dcp.save wrote has no checksums: one warning says that damage
+    inside tensors is not detected.
 
     Raises on every rank, before anything has changed: CheckpointError if the checkpoint is damaged, incomplete or asks
     to run code, ValueError if it does not fit the state. (If a file fails when it is read for the second time, part of
     the state may have been written.) Cost: the ranks together read every file once more, for its checksum.
+
+    Example:
+
+    >>> import torch
+    >>> from dist_swa import SWA, checkpoint
+    >>> model = torch.nn.Linear(2, 2)
+    >>> swa = SWA(model, swa_start="1ba")
+    >>> updated = swa.step()
+    >>> checkpoint.save({"model": model.state_dict(), "swa": swa}, "step-1")
+    >>> resumed = SWA(torch.nn.Linear(2, 2), swa_start="1ba")
+    >>> checkpoint.load({"swa": resumed}, "step-1")
+    >>> resumed.num_averaged
+    1
     """
     with raise_on_all(process_group):
         _check_is_dict(state)
