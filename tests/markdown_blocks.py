@@ -49,6 +49,10 @@ def markdown_files() -> list[Path]:
     return sorted(found)
 
 
+def without_blocks(text: str) -> str:
+    return _BLOCK.sub("", text)
+
+
 def programs() -> list[Program]:
     return [program for path in markdown_files() for program in _programs_of(path)]
 

@@ -185,8 +185,9 @@ def transformers(names: Names) -> Iterator[None]:
         yield
     assert any("eval_swa_loss" in entry for entry in names["trainer"].state.log_history)
     assert Path("run/checkpoint-15/dist_swa").is_dir()
-    if dist.get_rank() == 0:
-        assert Path("averaged/model.safetensors").exists()
+    checkpoint.export("run/checkpoint-15", "best")  # as `dist-swa export` does
+    for folder in ("averaged", "best"):
+        assert type(names["model"]).from_pretrained(folder).num_parameters() == names["model"].num_parameters()
 
 
 @setup()

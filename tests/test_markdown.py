@@ -23,6 +23,7 @@ from markdown_blocks import (
     markdown_files,
     programs,
     run_with_bash,
+    without_blocks,
 )
 from markdown_commands import listed, options_of_dist_swa_exist, run_commands, words_of
 from markdown_setups import SETUPS, titan_names
@@ -70,8 +71,13 @@ def test_a_program_that_another_test_runs_is_run_there(program: Program) -> None
 
 
 @of_every_file
+def test_every_fence_belongs_to_a_block(file: str) -> None:
+    assert not re.search(r"^ *(```|~~~)", without_blocks(FILES[file]), re.MULTILINE)
+
+
+@of_every_file
 def test_commands_in_the_text_can_work(file: str) -> None:
-    text = re.sub(r"^( *)```.*?^\1```", "", FILES[file], flags=re.DOTALL | re.MULTILINE)
+    text = without_blocks(FILES[file])
     for command in (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)):
         if known := listed(command):
             known.check(words_of(command))
@@ -81,7 +87,7 @@ def test_commands_in_the_text_can_work(file: str) -> None:
 
 @of_every_file
 def test_links_have_targets(file: str) -> None:
-    text = re.sub(r"^( *)```.*?^\1```|`[^`\n]*`", "", FILES[file], flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`\n]*`", "", without_blocks(FILES[file]))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         if re.match(r"https?:", link):
@@ -95,7 +101,7 @@ def test_links_have_targets(file: str) -> None:
 
 def anchors(text: str) -> set[str]:
     """Return the anchors of the headings, as GitHub makes them."""
-    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = without_blocks(text)
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*?) *$", text, re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", heading).lower()).replace(" ", "-")
@@ -106,6 +112,20 @@ def anchors(text: str) -> set[str]:
 
 def test_readme_has_at_most_900_words() -> None:
     assert len(FILES["README.md"].split()) <= 900
+
+
+def test_figures_of_readme_are_those_beside_their_commands() -> None:
+    readme, digits, costs = (FILES[file] for file in ("README.md", "examples/README.md", "tests/benchmarks/README.md"))
+    for row, figure in (("last iterate", "96.77"), ("averaged, recalibrated", "98.33")):
+        assert re.search(rf"^{row} +{figure} %", digits, re.MULTILINE)
+        assert f"{float(figure):.1f} %" in readme
+    for row, figure in (
+        ("GPT-2 (124 M in 148 tensors), float32 | dist_swa", "1.07"),
+        ("GPT-2 (124 M in 148 tensors), float32 | torch AveragedModel", "7.57"),
+        ("17 layers of a ResNet-18, 32 images of 32 x 32 | dist_swa", "1.02"),
+    ):
+        assert re.search(rf"^\| {re.escape(row)} \| [\d.]+ ms \| {figure} \|", costs, re.MULTILINE)
+        assert figure in readme
 
 
 def test_the_table_of_the_matrix_names_every_case() -> None:

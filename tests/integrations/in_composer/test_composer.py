@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cases import read
 from composer_run import EPOCHS, STEPS, Model, Record, Status, composers_own, status_of, swa_of, trainer
+from dist_swa import EMA
 from dist_swa.integrations.composer import SWA
 from markdown_blocks import code_for, execute
 from models import same_bits
@@ -205,3 +206,14 @@ def test_without_composer_the_error_names_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "dist_swa.integrations.composer")
     with pytest.raises(ImportError, match=r"needs Composer, got .*; pip install --no-deps mosaicml"):
         importlib.import_module("dist_swa.integrations.composer")
+
+
+def test_composers_ema_is_a_rule() -> None:
+    """As in "Coming from" of dist_swa/README.md."""
+    model, theirs = Model(), composer.algorithms.EMA(half_life="3ba")
+    ours = SWA("0ba", None, "1ba", rule=EMA(half_life="3ba"))
+    averages: list[Any] = []
+    record = Record(lambda: averages.append(status_of(ours).average))
+    trainer(model, [theirs, ours], record, max_duration="1ep").fit()
+    expected = {name.removeprefix("net."): value for name, value in theirs.ema_model.named_parameters_dict.items()}
+    close(averages[-1], expected)
