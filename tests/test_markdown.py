@@ -26,9 +26,10 @@ from markdown_blocks import (
     without_blocks,
 )
 from markdown_commands import listed, options_of_dist_swa_exist, run_commands, words_of
-from markdown_setups import SETUPS, titan_names
+from markdown_setups import SETUPS
 from models import same_bits
 from ranks import run_on_ranks
+from titan_names import titan_names
 
 FILES = {str(path.relative_to(ROOT)): path.read_text() for path in markdown_files()}
 NOT_RUN = {"text", "bibtex"}  # languages of blocks that are output or data
