@@ -99,6 +99,7 @@ def options_of_dist_swa_exist(words: Words) -> None:
 LISTED = (
     Listed(r"launch/train\b", "takes minutes; tests/test_example.py runs the example", _example),
     Listed(r"launch/test(-composer)?\b", "runs this test", _script),
+    Listed(r"launch/docs\b", "sets up an environment", _script),
     Listed(r"launch/chaos\b", "takes minutes; tests/harness/test_chaos.py runs a short one", _script),
     Listed(r"(torchrun|accelerate launch|python)\b.* examples/", "takes minutes; tests run the examples", _example),
     Listed(r"(python -m )?pytest\b", "its tests run anyway", _pytest),
