@@ -1,4 +1,4 @@
-"""The rows of the README's table of ways to shard and wrap a model: a model to build and a wrapper for each."""
+"""The rows of the table in tests/README.md, each a way to shard and wrap: a model to build and a wrapper."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -33,6 +33,8 @@ LIGHTNINGS_OWN_WARNINGS = (
     ".* does not have many workers",
     "Be aware that when using `ckpt_path`",
     "You defined a `validation_step` but have no `val_dataloader`",
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+    "The number of training batches .* is smaller than the logging interval",
 )
 
 

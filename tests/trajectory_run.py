@@ -45,5 +45,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     average_trajectory(Path("result.pt"), Path("checkpoints"))
     dist.barrier()
-    time.sleep(0.1)  # see the README, "The end of a script"
+    time.sleep(0.1)  # see tests/README.md, "The end of a script"
     dist.destroy_process_group()

@@ -1,12 +1,11 @@
 """The end of a script: no rank aborts while the interpreter shuts down."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+from markdown_blocks import code_for
 
 # The long switch interval makes a rare abort frequent: gloo's thread gets the GIL only from a thread that waits.
 TRAINING = """
@@ -24,8 +23,8 @@ for _ in range(5):
 
 
 def test_a_script_that_ends_as_in_the_readme_does_not_abort(tmp_path: Path) -> None:
-    (end,) = re.findall(r"  ```python\n(  dist\.barrier\(\).*?)  ```", README, re.DOTALL)
-    script = TRAINING + re.sub("^  ", "", end, flags=re.MULTILINE)
+    end = code_for("tests/harness/test_exit.py::test_a_script_that_ends_as_in_the_readme_does_not_abort")
+    script = TRAINING + end
     for run in range(5):
         command = [sys.executable, "-c", script, f"file://{tmp_path}/store {run}"]
         ranks = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +14,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from cases import read
+from dist_swa import checkpoint
 from dist_swa.integrations.lightning import SWACallback
 from lightning_run import SCHEDULE, STEPS, Module, Stop, fit, lightnings_own_warnings, swa_of
+from markdown_blocks import code_for, execute
 from models import same_bits
 from ranks import on_ranks
 from small_run import GLOBAL_BATCH, loader, loss_of, mean_of, samples, sgd
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 class Manual(Module):
@@ -102,17 +102,22 @@ def test_every_optimizer_step_counts_once(run: Run) -> None:
         torch.testing.assert_close(read(module), expected)
 
 
-def test_the_readme_runs() -> None:
-    (code,) = re.findall(r"```python\n(import lightning.*?)```", README.read_text(), re.DOTALL)
-    assert "max_epochs=90" in code
-    options = "max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator='cpu'"
-    code = code.replace("max_epochs=90", f"{options}, enable_checkpointing=False")
-    names: dict[str, Any] = {"module": Module(), "loader": loader(STEPS, False)}
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     with lightnings_own_warnings():
-        exec(compile(code, "README.md", "exec"), names)
-    (swa,) = (one for one in names["trainer"].callbacks if isinstance(one, SWACallback))
-    assert swa_of(swa).num_averaged == 5  # from step 12 of 16 on
-    torch.testing.assert_close(read(names["module"].net), mean_of(names["module"].steps[11:]))
+        execute(code_for("tests/integrations/test_lightning.py::test_the_readme_runs"), "README.md", names)
+    average = swa_of(names["swa"]).average
+    assert average.num_averaged == 13  # from step 28 of 40 on
+    averaged = average.full_state_dict()
+    assert same_bits(
+        {name: averaged[name] for name, _ in names["module"].named_parameters()},
+        dict(names["module"].named_parameters()),
+    )
+    assert "val_loss" in names["trainer"].callback_metrics
+    checkpoint.export("averaged.ckpt", "best")  # as `dist-swa export` does
+    exported = load_file("best/model.safetensors")
+    assert same_bits({name: exported[name] for name in averaged}, averaged)
 
 
 def test_a_second_fit_starts_a_new_average() -> None:

@@ -1,4 +1,4 @@
-"""Every row of the README's table: each way to shard and wrap, with each rule, against the float64 reference.
+"""Every row of the table in tests/README.md: each way to shard and wrap, with each rule, against the float64 reference.
 
 One launch of ranks averages a trajectory of known weights, swaps, saves and trains on. Another launch, with another
 number of ranks, loads what the first one saved, also under other wrappers. The tests compare what they return.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,11 +21,12 @@ from torch import Tensor
 
 from cases import read
 from composer_run import EPOCHS, STEPS, Model, Record, Status, composers_own, status_of, swa_of, trainer
+from dist_swa import EMA
 from dist_swa.integrations.composer import SWA
+from markdown_blocks import code_for, execute
 from models import same_bits
 from small_run import loader, sgd
 
-README = Path(__file__).parents[3] / "README.md"
 close = partial(torch.testing.assert_close, rtol=2e-6, atol=2e-7)
 
 
@@ -136,13 +136,11 @@ def test_several_fits_are_composers() -> None:
     close(seen[0], seen[1])
 
 
-def test_the_readme_runs() -> None:
-    (code,) = re.findall(r"```python\n(from composer import.*?)```", README.read_text(), re.DOTALL)
-    model = Model()
-    names: dict[str, Any] = {"model": model, "optimizer": sgd(model), "loader": loader(STEPS, dist.is_initialized())}
-    exec(compile(code, "README.md", "exec"), names)
-    (swa,) = names["trainer"].state.algorithms
-    assert status_of(swa)[:2] == (2, True)
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    execute(code_for("tests/integrations/in_composer/test_composer.py::test_the_readme_runs"), "README.md", names)
+    assert status_of(names["swa"])[:2] == (2, True)
 
 
 # swa_start, swa_end, update_interval, and the batches after which it updates; a batch has 8 samples and 5 tokens
@@ -208,3 +206,14 @@ def test_without_composer_the_error_names_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "dist_swa.integrations.composer")
     with pytest.raises(ImportError, match=r"needs Composer, got .*; pip install --no-deps mosaicml"):
         importlib.import_module("dist_swa.integrations.composer")
+
+
+def test_composers_ema_is_a_rule() -> None:
+    """As in "Coming from" of dist_swa/README.md."""
+    model, theirs = Model(), composer.algorithms.EMA(half_life="3ba")
+    ours = SWA("0ba", None, "1ba", rule=EMA(half_life="3ba"))
+    averages: list[Any] = []
+    record = Record(lambda: averages.append(status_of(ours).average))
+    trainer(model, [theirs, ours], record, max_duration="1ep").fit()
+    expected = {name.removeprefix("net."): value for name, value in theirs.ema_model.named_parameters_dict.items()}
+    close(averages[-1], expected)

@@ -1,0 +1,200 @@
+"""What programs in Markdown files find when they run: `SETUPS` by name. Each checks what the program did."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from accelerate_on_cpu import launched
+from dist_swa import SWA, Equal, PowerEMA, ShardedAverage, checkpoint
+from dist_swa.checkpoint import CheckpointFolder
+from models import build, trajectory, write
+
+Names = dict[str, Any]  # the globals of a program
+Enter = Callable[[Names], AbstractContextManager[None]]
+
+
+class Setup(NamedTuple):
+    enter: Enter
+    ranks: tuple[int, ...]  # one launch for each number, in one folder; none: in the process of pytest, without a group
+
+
+SETUPS: dict[str, Setup] = {}
+
+
+def setup(*ranks: int) -> Callable[[Callable[[Names], Iterator[None]]], Enter]:
+    """Register a generator function as a setup: it adds names, yields while the program runs, and checks."""
+
+    def register(function: Callable[[Names], Iterator[None]]) -> Enter:
+        enter = contextmanager(function)
+        SETUPS[function.__name__] = Setup(enter, ranks)
+        return enter
+
+    return register
+
+
+@setup()
+def slurm(names: Names) -> Iterator[None]:
+    """A job on one node of two GPUs. Its script writes a file for each rank."""
+    stand_ins = {"srun": 'exec "$@"', "scontrol": "echo localhost"}
+    for name, command in stand_ins.items():
+        Path(name).write_text(f"#!/bin/sh\n{command}\n")
+        Path(name).chmod(0o700)
+    Path("train.py").write_text("import os\nopen(f'rank {os.environ[\"RANK\"]}', 'w')\n")
+    variables = {"JOB_NODELIST": "node[1]", "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7"}
+    os.environ |= {f"SLURM_{name}": value for name, value in variables.items()}
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[f"SLURM_{name}"]
+    assert sorted(map(str, Path().glob("rank *"))) == ["rank 0", "rank 1"]
+
+
+@contextmanager
+def as_by_torchrun() -> Iterator[None]:
+    """Leave the process group, for a program that makes its own from the variables that torchrun sets."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = [str(free.getsockname()[1])]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port[0]}
+    yield
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store{size}", rank=rank, world_size=size)
+
+
+@setup(2)
+def readme_loop(names: Names) -> Iterator[None]:
+    with as_by_torchrun():
+        yield
+    assert names["swa"].num_averaged == 91  # steps 210 to 300
+    assert names["averaged"] < names["trained"]
+    averaged, model = load_file("averaged/model.safetensors"), names["model"].state_dict()
+    assert averaged.keys() == model.keys()
+    for name, value in model.items():
+        torch.testing.assert_close(averaged[name], value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+@setup(2, 3)
+def own_loop(names: Names) -> Iterator[None]:
+    is_first_launch = not Path("checkpoints").exists()
+    with as_by_torchrun():
+        yield
+    assert names["done"] == (None if is_first_launch else 80)
+    assert names["swa"].num_averaged == 41  # steps 40 to 80
+
+
+@setup()
+def using(names: Names) -> Iterator[None]:
+    for message in (
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+        "`torch.jit.* is deprecated",
+        "`torch.jit.* is not supported",
+    ):
+        warnings.filterwarnings("ignore", message)
+    yield
+    swa, model, given = names["swa"], names["model"], names["batches"][0]
+    assert swa.num_averaged == 76  # steps 505 to 580
+    assert all(Path("averaged", name).is_file() for name in ("model.safetensors",))
+    with swa.swapped_in():
+        averaged = model(given)
+    assert not torch.equal(averaged, model(given))
+    for copied in (names["program"].module(), names["traced"], torch.export.load("program.pt2").module()):
+        torch.testing.assert_close(copied(given), averaged)
+    names["inference"].load_state_dict(names["weights"])
+    torch.testing.assert_close(names["inference"].eval()(given), averaged)
+    best = sorted(Path().glob("best-*"))[-1]
+    names["inference"].load_state_dict(load_file(best / "model.safetensors"))
+    assert names["inference"](given).square().mean().item() == pytest.approx(names["best"], abs=1e-6)
+
+
+@setup()
+def checkpoints_of_a_folder(names: Names) -> Iterator[None]:
+    folder, model = CheckpointFolder("checkpoints"), build()
+    for step in (280, 560, 840):
+        folder.save(step, {"model": model.state_dict()})
+    yield
+
+
+@setup(2, 3)
+def state(names: Names) -> Iterator[None]:
+    swa = SWA(nn.Linear(2, 2), swa_start="1ba")
+    swa.step()
+    steps = [path.name for path in Path("checkpoints").glob("step-*")]
+    names["state"] = {"swa": swa}
+    dist.barrier()
+    yield
+    assert names["step"] == (100 if steps else None)
+    assert len(names["folder"].steps()) == 1 + len(steps)
+
+
+@setup()
+def checkpoints(names: Names) -> Iterator[None]:
+    """Three checkpoints of a run with three averages, and two files of weights."""
+    model = build()
+    averages = ShardedAverage(model, {"mean": Equal(), "narrow": PowerEMA(0.05), "wide": PowerEMA(0.10)})
+    for i, values in enumerate(trajectory(12, model), start=1):
+        write(model, values)
+        averages.update()
+        if i % 4 == 0:
+            checkpoint.save({"model": model.state_dict(), "swa": averages}, f"step-{i * 70}")
+    for name in ("a", "b"):
+        checkpoint.export(averages, f"{name}.safetensors", key="mean")
+    yield
+    assert {"merged", "deployed", "other", "c.safetensors"} <= set(os.listdir())
+    assert load_file("deployed/model.safetensors")["up.weight"].dtype == torch.bfloat16
+
+
+@setup(2)
+def accelerate(names: Names) -> Iterator[None]:
+    with launched():
+        yield
+    assert names["swa"].num_averaged == 7  # steps 14 to 20
+    assert Path("checkpoint/dist_swa").is_dir()
+    assert names["resumed"].num_averaged == 7
+
+
+@setup(2)
+def transformers(names: Names) -> Iterator[None]:
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
+    with launched():
+        yield
+    assert any("eval_swa_loss" in entry for entry in names["trainer"].state.log_history)
+    assert Path("run/checkpoint-15/dist_swa").is_dir()
+    checkpoint.export("run/checkpoint-15", "best")  # as `dist-swa export` does
+    for folder in ("averaged", "best"):
+        assert type(names["model"]).from_pretrained(folder).num_parameters() == names["model"].num_parameters()
+
+
+@setup()
+def any_trainer(names: Names) -> Iterator[None]:
+    """Trainers of transformers that may be called with anything."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    from dist_swa.integrations.transformers import SWAMixin, add_swa
+
+    config = GPT2Config(vocab_size=16, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+
+    class MyTrainer(SWAMixin, Trainer):
+        def __init__(self, *_: Any, **options: Any) -> None:
+            super().__init__(GPT2LMHeadModel(config), TrainingArguments("run", use_cpu=True), **options)
+
+    names["add_swa"], names["MyTrainer"] = add_swa, MyTrainer
+    names["Trainer"] = lambda *_: Trainer(GPT2LMHeadModel(config), TrainingArguments("run", use_cpu=True))
+    yield
+    assert isinstance(names["trainer"], SWAMixin)
