@@ -13,6 +13,7 @@ import argparse
 import math
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
 from tqdm import tqdm
 
 from dist_swa import EMA, SWA, Equal, Window  # dist_swa: the controller, and a rule for each average
-from train import process_group
+from train import logger, process_group
 
 # Single-file modules of Python 3.11 to 3.13; every tenth is held out. The list is fixed, so that the text depends only
 # on the Python version.
@@ -122,10 +124,18 @@ def share(batch: Tensor, data: DeviceMesh) -> Tensor:
     return batch.tensor_split(data.size())[data.get_local_rank()].to(data.device_type)
 
 
-def train(args: argparse.Namespace, model: GPT, data: DeviceMesh, text: Tensor) -> SWA:
-    """Train the model, and return its averages."""
+def train(
+    args: argparse.Namespace,
+    model: GPT,
+    data: DeviceMesh,
+    text: Tensor,
+    after_step: Callable[[int, SWA], None] = lambda step, swa: None,
+) -> SWA:
+    """Train the model, call `after_step` after each step, and return the averages."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=args.steps // 10)
+    annealed = round(args.anneal * args.steps)
+    warmup, decay = LinearLR(optimizer, 0.01, total_iters=args.steps // 10), LinearLR(optimizer, 1, 0, max(1, annealed))
+    schedule = SequentialLR(optimizer, [warmup, decay], [args.steps - annealed])
     swa = SWA(  # dist_swa: each rank averages its own shards, and updates all three averages together
         model,
         max_duration=f"{args.steps}ba",
@@ -136,7 +146,7 @@ def train(args: argparse.Namespace, model: GPT, data: DeviceMesh, text: Tensor) 
     )
     generator = torch.Generator().manual_seed(args.seed)
     with tqdm(range(args.steps), unit="step", disable=dist.get_rank() > 0) as bar:
-        for _ in bar:
+        for step in bar:
             starts = torch.randint(len(text) - args.context, (args.batch, 1), generator=generator)
             batch = text[starts + torch.arange(args.context + 1)]
             # FSDP2 averages gradients over its ranks; this scale makes them the mean over the global batch.
@@ -144,8 +154,9 @@ def train(args: argparse.Namespace, model: GPT, data: DeviceMesh, text: Tensor) 
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            warmup.step()
+            schedule.step()
             swa.step()  # dist_swa: counts the step and updates the averages when they are due
+            after_step(step + 1, swa)
             bar.set_postfix(loss=f"{loss.item() / math.log(2):.3f}", refresh=False)
     return swa
 
@@ -164,7 +175,8 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float
     windows = held_out.unfold(0, args.context + 1, args.context)
     batches = windows.unfold(0, EVAL_BATCH, EVAL_BATCH).mT[: args.eval_batches]  # (number, EVAL_BATCH, context + 1)
     model, data = build(args, device)
-    swa = train(args, model, data, text)
+    with logger(args.tensorboard) as log:
+        swa = train(args, model, data, text, lambda step, swa: log(step, swa.metrics(distance=step % 50 == 0)))
     figures = {"last iterate": evaluate(model, data, batches)}
     for name in swa.average.names:
         with swa.swapped_in(name):  # dist_swa: inside, the model has the weights of this average
@@ -186,13 +198,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=128, help="bytes in a window")
     add("--layers", type=int, default=3, help="blocks of the model")
     add("--width", type=int, default=128, help=f"width of the model, a multiple of {2 * HEAD}")
-    add("--lr", type=float, default=3e-3, help="learning rate of AdamW, constant after a tenth of the steps")
+    add("--lr", type=float, default=3e-3, help="learning rate of AdamW after a warmup of a tenth of the steps")
+    add("--anneal", type=float, default=0.0, help="part of the run in which the learning rate decays to 0")
     add("--seed", type=int, default=0, help="seed of the initial weights and the order of the data")
     add("--swa-start", default="0.8dur", metavar="TIME", help='when averaging starts: "0.8dur", "500ba"')
     add("--update-interval", default="5ba", metavar="TIME", help="time between updates of the averages")
     add("--half-life", default="50ba", metavar="TIME", help="half-life of a model's weight in the EMA")
     add("--window", type=int, default=20, metavar="MODELS", help="number of models in the window")
     add("--save", type=Path, metavar="PATH", help='write the state dict of the average "swa" here')
+    add("--tensorboard", type=Path, metavar="FOLDER", help="write swa.metrics() there for TensorBoard")
     add("--eval-batches", type=int, default=1000, help="maximum number of batches of held-out text")
     return parser.parse_args(argv)
 

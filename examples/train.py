@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +146,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         run.resume(folder)
 
     is_first, done = dist.get_rank() == 0, int(run.epoch)
-    bar = tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first)
+    stack = ExitStack()
+    bar = stack.enter_context(tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first))
+    log = stack.enter_context(logger(args.tensorboard))
     for epoch in range(done, args.epochs):
         for images, labels in load_batches(train_data, args.seed, epoch, device):
             # The wrappers average gradients over ranks; this scale makes them the mean over the global batch.
@@ -164,10 +166,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 # dist_swa: BatchNorm statistics of the averaged weights, from the batches of all ranks
                 recalibrate_batch_norm(model, load_batches(train_data, args.seed, epoch, device))
                 history[epoch, 2] = evaluate(model, test_data, device)
+        log(
+            (epoch + 1) * STEPS_PER_EPOCH,
+            {"accuracy": float(history[epoch, 0, 0]), **swa.metrics(distance=swa.started)},
+        )
         run.epoch.add_(1)
         if folder and (epoch + 1) % args.checkpoint_every == 0:
             run.save(folder)
-    bar.close()
+    stack.close()
 
     # dist_swa: copies the average into the model and recalibrates BatchNorm
     swa.finalize(load_batches(train_data, args.seed, args.epochs - 1, device))
@@ -221,9 +227,27 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint-dir", type=Path, metavar="DIR", help="save here, and resume the latest (of as many epochs)")
     add("--checkpoint-every", type=int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
     add("--plot", type=Path, default=Path("outputs/digits_swa.png"), metavar="PATH", help="plot of the accuracy")
+    add("--tensorboard", type=Path, metavar="FOLDER", help="write swa.metrics() there for TensorBoard")
     add("--json", type=Path, metavar="PATH", help="write the results of every epoch here")
     add("--save", type=Path, metavar="PATH", help="write the state dict of the averaged model here")
     return parser.parse_args()
+
+
+@contextmanager
+def logger(folder: Path | None) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Yield a function that writes numbers of a step for TensorBoard, on the first rank, if there is a `folder`."""
+    if folder is None or dist.get_rank() > 0:
+        yield lambda step, numbers: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+
+        def log(step: int, numbers: Mapping[str, float]) -> None:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        yield log
 
 
 @contextmanager
