@@ -23,8 +23,6 @@ ROOT = Path(__file__).parents[1]
 PYTHON_PATH = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 _BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```[ ]*$", re.DOTALL | re.MULTILINE)
 _TEST = re.compile(r"<!-- test: (.*) -->\s*\Z")
-# Programs of files without such comments, by their first words.
-_UNMARKED = {("CHANGELOG.md", "trainer = add_swa(Trainer(...)"): "any_trainer"}
 
 
 class Program(NamedTuple):
@@ -63,8 +61,7 @@ def _programs_of(path: Path) -> Iterator[Program]:
     for block in _BLOCK.finditer(text):
         line, code = text.count("\n", 0, block.start(3)) + 1, dedent(block[3])
         marked = _TEST.search(text[: block.start()])
-        first_words = [words for of, words in _UNMARKED if of == file and code.startswith(words)]
-        test = marked[1] if marked else _UNMARKED[file, first_words[0]] if first_words else ""
+        test = marked[1] if marked else ""
         if test != "continues":
             if program:
                 yield program

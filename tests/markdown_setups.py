@@ -179,22 +179,3 @@ def transformers(names: Names) -> Iterator[None]:
     checkpoint.export("run/checkpoint-15", "best")  # as `dist-swa export` does
     for folder in ("averaged", "best"):
         assert type(names["model"]).from_pretrained(folder).num_parameters() == names["model"].num_parameters()
-
-
-@setup()
-def any_trainer(names: Names) -> Iterator[None]:
-    """Trainers of transformers that may be called with anything."""
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-
-    from dist_swa.integrations.transformers import SWAMixin, add_swa
-
-    config = GPT2Config(vocab_size=16, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
-
-    class MyTrainer(SWAMixin, Trainer):
-        def __init__(self, *_: Any, **options: Any) -> None:
-            super().__init__(GPT2LMHeadModel(config), TrainingArguments("run", use_cpu=True), **options)
-
-    names["add_swa"], names["MyTrainer"] = add_swa, MyTrainer
-    names["Trainer"] = lambda *_: Trainer(GPT2LMHeadModel(config), TrainingArguments("run", use_cpu=True))
-    yield
-    assert isinstance(names["trainer"], SWAMixin)
