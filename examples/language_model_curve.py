@@ -1,6 +1,6 @@
 """Plot what averaging saves: a language model at a constant learning rate, its average, and an annealed run.
 
-    torchrun --nproc_per_node=2 examples/language_model_curve.py      # about five minutes on two cores
+    torchrun --nproc_per_node=2 examples/language_model_curve.py      # about ten minutes on two cores
     python examples/language_model_curve.py                           # a single process, without a launcher
 
 For each seed, the GPT of language_model.py is trained twice: at a constant learning rate, and with a rate that decays
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     description = "Plot a language model's loss at a constant rate, with and without averaging, and at an annealed one."
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=600, help="length of each run")
+    add("--steps", type=int, default=1000, help="length of each run")
     add("--seeds", type=int, default=3, help="number of runs at each learning rate")
     add("--anneal", type=float, default=0.3, help="part of the annealed run in which the learning rate decays to 0")
     add("--points", type=int, default=30, help="evaluations of each run")

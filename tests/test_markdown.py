@@ -127,6 +127,9 @@ def test_figures_of_readme_are_those_beside_their_commands() -> None:
     ):
         assert re.search(rf"^\| {re.escape(row)} \| [\d.]+ ms \| {figure} \|", costs, re.MULTILINE)
         assert figure in readme
+    for row, figure in (("constant rate", "2.5365"), ("constant rate, EMA", "2.4619"), ("annealed rate", "2.4647")):
+        assert re.search(rf"^{row} +{figure} ", digits, re.MULTILINE)
+        assert f"{float(figure):.2f}" in readme
 
 
 def test_the_table_of_the_matrix_names_every_case() -> None:
