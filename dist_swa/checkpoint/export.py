@@ -53,7 +53,8 @@ def export(
         out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
             ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
             folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
-            are copied into the folder: configurations, tokenizer, processor, chat templates.
+            are copied into the folder: configurations, tokenizer, processor, chat templates. A ``config.json`` gets
+            `dtype`. With `only`, nothing is copied: from_pretrained would start the other parameters at random.
         key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
             "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
             the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
@@ -100,8 +101,8 @@ def _export_stored(
 
     with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
-        if out.suffix != SUFFIX and rank_and_world_size(None)[0] == 0:
-            copy_beside(path, partial)
+        if out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
+            copy_beside(path, partial, dtype)
 
 
 def _export_live(

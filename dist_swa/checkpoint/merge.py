@@ -62,7 +62,7 @@ def merge(
             safetensors. What was merged (paths, keys, steps, weights, rule, date) is in its ``dist_swa.json``, or under
             "dist_swa" in the metadata of the file. Beside safetensors, the folder has the files that from_pretrained
             reads, from the last source if that is a folder or a ``model.safetensors``: configurations, tokenizer,
-            processor, chat templates.
+            processor, chat templates. A ``config.json`` gets `dtype`.
         key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
         rule: the weight of each source by its position, such as ``DecayShaped(shape, total=len(sources))``,
             arXiv:2507.17634. An EMA with a half-life is refused.
@@ -165,7 +165,7 @@ def write_combination(
     with atomic_output(out, None) as folder:
         write_safetensors(files, folder, read, None, progress, {"dist_swa": made_by} if is_file else None)
         if not is_file and is_first:
-            copy_beside(last.path, folder)
+            copy_beside(last.path, folder, dtype)
             with created(folder / RECORD) as file:
                 file.write(made_by.encode())
 
