@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -37,7 +37,7 @@ from dist_swa.storage.writer import CheckpointWriter
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: Iterable[str | Path],
     out: str | Path,
     *,
     key: str | None = None,
@@ -91,13 +91,15 @@ def merge(
     write_combination(terms, Path(out), made_by, progress, dtype, heading=table(terms) if progress else "")
 
 
-def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
-    """Return `sources`; TypeError or ValueError unless it is a list of at least one path."""
-    if isinstance(sources, str | Path) or not all(isinstance(path, str | Path) for path in sources):
+def checked_paths(sources: Iterable[str | Path]) -> list[str | Path]:
+    """Return `sources` as a list; TypeError or ValueError unless they are one path or more."""
+    is_list = isinstance(sources, Iterable) and not isinstance(sources, str)
+    paths = list(sources) if is_list else []
+    if not is_list or not all(isinstance(path, str | Path) for path in paths):
         raise TypeError(f"merging needs a list of paths, got sources={sources!r}; put it into a list")
-    if not sources:
+    if not paths:
         raise ValueError("merging needs a source or more, got sources=[]; pass paths")
-    return list(sources)
+    return paths
 
 
 def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, normalize: bool) -> list[float]:

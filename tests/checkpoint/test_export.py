@@ -524,6 +524,24 @@ def test_damage_is_found_and_nothing_appears(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"], ids=["metadata", "surrogate"])
+@pytest.mark.parametrize("kind", ["live", "export", "merge"])
+def test_a_name_that_safetensors_lack_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    average = ShardedAverage(nn.ParameterDict({"w": nn.Parameter(torch.ones(1)), name: nn.Parameter(torch.ones(1))}))
+    average.update()
+    torch.save({"w": torch.ones(1), name: torch.ones(1)}, tmp_path / "a.pt")
+    write: dict[str, Callable[[Path], None]] = {
+        "live": partial(checkpoint.export, average),
+        "export": partial(checkpoint.export, tmp_path / "a.pt"),
+        "merge": partial(checkpoint.merge, [tmp_path / "a.pt"]),
+    }
+    with pytest.raises(
+        ValueError, match=rf"need names of UTF-8 other than __metadata__, got {re.escape(repr(name))}; ren"
+    ):
+        write[kind](tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("build_model", [build_odd, build, partial(nn.Linear, 2, 2)], ids=["odd", "net", "linear"])
 def test_tensors_are_aligned(tmp_path: Path, build_model: Callable[[], nn.Module]) -> None:
     average = ShardedAverage(build_model())

@@ -363,6 +363,15 @@ def test_a_dtype_that_is_not_floating_is_refused(tmp_path: Path, dtype: Any) -> 
         checkpoint.merge(saved(tmp_path, states(1), "s"), tmp_path / "out", dtype=dtype)
 
 
+def test_sources_may_be_an_iterator(tmp_path: Path) -> None:
+    values = states(3)
+    saved(tmp_path, values, "s")
+    checkpoint.merge(tmp_path.glob("[012].safetensors"), tmp_path / "out")
+    assert is_close(
+        loaded(tmp_path / "out"), expected([1 / 3] * 3, values) | {"mask": loaded(tmp_path / "out")["mask"]}
+    )
+
+
 def test_the_order_of_equal_sources_changes_no_bit(tmp_path: Path) -> None:
     values = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(4)]
     paths = saved(tmp_path, values, "s")
@@ -490,7 +499,14 @@ def test_the_first_difference_is_named(
         ),
         ({"rule": "equal"}, TypeError, r"needs a rule, got rule='equal'; pass Equal\(\)"),
         ({"sources": "path"}, TypeError, r"needs a list of paths, got sources='path'; put it into a list"),
+        (
+            {"sources": Path("path")},
+            TypeError,
+            r"needs a list of paths, got sources=.*Path\('path'\); put it into a list",
+        ),
+        ({"sources": 5}, TypeError, r"needs a list of paths, got sources=5; put it into a list"),
         ({"sources": []}, ValueError, r"needs a source or more, got sources=\[\]"),
+        ({"sources": (path for path in ())}, ValueError, r"needs a source or more, got sources=\[\]"),
     ],
 )
 def test_arguments(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
