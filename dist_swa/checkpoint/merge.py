@@ -53,7 +53,7 @@ def merge(
     not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
     The order of sources is never changed. One warning says if they are weighted by it and their steps do not rise, as
-    in ``checkpoint-*`` of a shell. The steps are those in the checkpoints if all have one, else the numbers in names.
+    in ``checkpoint-*`` of a shell. The steps are those in the files if all have one, else the steps or epochs in names.
 
     Args:
         sources: paths of what `export` reads, also mixed.
