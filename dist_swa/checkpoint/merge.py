@@ -6,7 +6,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.checkpoint.beside import copy_beside
-from dist_swa.checkpoint.cast import BLOCK_NUMEL, check_dtype, checked_cast
+from dist_swa.checkpoint.cast import check_dtype
 from dist_swa.checkpoint.safetensors_io import (
     SUFFIX,
     Spec,
@@ -30,6 +29,7 @@ from dist_swa.checkpoint.safetensors_io import (
     write_safetensors,
 )
 from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.checkpoint.sums import WeightedSums
 from dist_swa.checkpoint.terms import RECORD, Term, make_terms, record, table, warn_unless_oldest_first
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
@@ -50,7 +50,8 @@ def merge(
     """Write the weighted average of `sources`, oldest first, to `out`. A collective if there is a process group.
 
     Tensors are summed in float64 and rounded once to their dtype, so a single source keeps its bits. Tensors that are
-    not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
+    not floating come from the last source; one warning says if integer tensors, such as those of quantised weights,
+    differ. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
     The order of sources is never changed. One warning says if they are weighted by it and their steps do not rise, as
     in ``checkpoint-*`` of a shell. The steps are those in the files if all have one, else the steps or epochs in names.
@@ -78,7 +79,7 @@ def merge(
 
     Raises ValueError if sources differ (it names the first name, shape or dtype that does), if `weights` do not fit,
     or if a sum overflows its dtype; and what `export` raises. Every rank raises the same error, and `out` is not
-    created.
+    created. Tensors in which all is NaN, as from a run whose loss was NaN, warn.
     """
     with raise_on_all():
         check_dtype("merge", dtype)
@@ -159,17 +160,18 @@ def write_combination(
         if heading and is_first:
             print(heading, flush=True)
 
-    read = partial(_weighted_sum, specs=specs, terms=terms)
+    sums = WeightedSums(terms, specs)
     if is_checkpoint:
-        _write_checkpoint(specs, out, read, progress, made_by)
-        return
-    is_file = out.suffix == SUFFIX
-    with atomic_output(out, None) as folder:
-        write_safetensors(files, folder, read, None, progress, {"dist_swa": made_by} if is_file else None)
-        if not is_file and is_first:
-            copy_beside(last.path, folder, dtype)
-            with created(folder / RECORD) as file:
-                file.write(made_by.encode())
+        _write_checkpoint(specs, out, sums.read, progress, made_by)
+    else:
+        is_file = out.suffix == SUFFIX
+        with atomic_output(out, None) as folder:
+            write_safetensors(files, folder, sums.read, None, progress, {"dist_swa": made_by} if is_file else None)
+            if not is_file and is_first:
+                copy_beside(last.path, folder, dtype)
+                with created(folder / RECORD) as file:
+                    file.write(made_by.encode())
+    sums.warn()
 
 
 def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
@@ -202,28 +204,6 @@ def _tied_name(name: str, having: Sequence[Source], lacking: Sequence[Source]) -
     for source in having:
         found = source.tied_to(name, found)
     return next(found, None)
-
-
-def _weighted_sum(name: str, specs: Mapping[str, Spec], terms: Sequence[Term]) -> Tensor:
-    """Return the weighted sum of one tensor. A source with weight 0 is not read: it may contain infinity."""
-    shape, dtype = specs[name]
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return terms[-1].source.read(name)
-    parts = (*shape, 2) if dtype.is_complex else shape
-    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # -0.0 + x keeps the sign of a zero x
-    for term in terms:
-        if term.weight != 0:
-            _add(total, term.source.read(name), term.weight)
-    result = checked_cast(name, total, dtype.to_real(), "choose smaller weights, or another dtype").view(parts)
-    return torch.view_as_complex(result) if dtype.is_complex else result
-
-
-def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
-    """Add `values` times `coefficient` to the flat float64 `total`, a block at a time to save memory."""
-    values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
-    for start in range(0, len(values), BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        total[block] += values[block].to(torch.float64) * coefficient
 
 
 def _write_checkpoint(

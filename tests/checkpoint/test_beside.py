@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,9 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, link: str, com
         to = "home/secret" if link != "same name" else f"home/{name}"
         (folder / name).symlink_to(f"{tmp_path}/{to}" if link == "absolute" else f"../../{to}")
     message = rf"needs files of .*/a, got links that lead out of it; not copied: {', '.join(names)}; replace"
-    write = {"merge": lambda path, out: checkpoint.merge([path], out), "export": checkpoint.export}[command]
+    write = partial(checkpoint.merge, [folder]) if command == "merge" else partial(checkpoint.export, folder)
     with pytest.warns(UserWarning, match=message):
-        write(folder, tmp_path / "out")
+        write(tmp_path / "out")
     assert names_in(tmp_path / "out") - {"dist_swa.json"} == {"model.safetensors", *COPIED} - {*names}
     assert all(SECRET.encode() not in (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out"))
 
