@@ -14,7 +14,7 @@ from dist_swa.checkpoint.safetensors_io import SUFFIX, created
 from dist_swa.storage.reader import METADATA
 
 _WEIGHTS = (f"model{SUFFIX}", "pytorch_model.bin")  # as from_pretrained names a single file
-_AVERAGE = "dist_swa"  # the folder of the average in a checkpoint of the Trainer
+_OF_TRAINER = "dist_swa"  # the folder of the average in its checkpoints
 # The names of transformers 5: utils/__init__.py, tokenization_utils_base.py, and VOCAB_FILES_NAMES of its tokenizers.
 # No adapter_config.json: with it, from_pretrained would look for an adapter's weights.
 _PATTERNS = (
@@ -44,7 +44,7 @@ def files_beside(path: str | Path) -> dict[str, Path]:
     folder from someone else, ``config.json`` may be a link to a private file.
     """
     path = Path(path)
-    is_average = path.resolve().name == _AVERAGE and (path / METADATA).exists()
+    is_average = path.resolve().name == _OF_TRAINER and (path / METADATA).exists()
     if not (path.is_dir() or path.name in _WEIGHTS):
         return {}
     folder = path.parent if is_average or path.is_file() else path
@@ -89,7 +89,7 @@ def _replaced(config: Any, dtype: str) -> Any:
         key: dtype
         if key in ("dtype", "torch_dtype") and isinstance(value, str)
         else _replaced(value, dtype)
-        if key.endswith("_config") and key != "quantization_config"
+        if key.endswith("config") and key != "quantization_config"
         else value
         for key, value in config.items()
     }

@@ -162,7 +162,7 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
 def check_new(out: Path) -> None:
     """Raise FileExistsError if `out` exists, even as a dangling link, or has no name ("/" and ".")."""
     if not out.name or os.path.lexists(out):
-        raise FileExistsError(f"a new file or folder needs a path where nothing is yet, got {out}; choose another")
+        raise FileExistsError(f"an output needs a path where nothing is yet, got {out}; choose another")
 
 
 @contextmanager
