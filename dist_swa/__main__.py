@@ -24,6 +24,7 @@ from dist_swa.checkpoint.entries import Contents, Entry, Reader, spec_of
 from dist_swa.checkpoint.readers import TrainerReader, open_reader
 from dist_swa.checkpoint.safetensors_io import SafetensorsReader
 from dist_swa.checkpoint.sources import is_one_model
+from dist_swa.checkpoint.terms import printable
 from dist_swa.checkpoint.torch_files import TorchReader
 
 _RULES = "equal, polynomial:ETA, ema:DECAY, linear, minus_sqrt, cosine"
@@ -89,12 +90,7 @@ def _interrupt_event() -> Iterator[threading.Event]:
 
 
 def _print_error(text: str) -> None:
-    click.echo(f"dist-swa: {_printable(' '.join(text.split()))}", err=True)
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, which names in files may contain."""
-    return text if text.isprintable() else repr(text)[1:-1]
+    click.echo(f"dist-swa: {printable(' '.join(text.split()))}", err=True)
 
 
 @click.group(epilog=_EXAMPLES, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -136,7 +132,7 @@ def _inspect(path: str, with_tensors: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(f"{_printable(path)}: {facts['format']}{'' if facts['has_checksums'] else ', without checksums'}")
+    click.echo(f"{printable(path)}: {facts['format']}{'' if facts['has_checksums'] else ', without checksums'}")
     columns = ("key", "rule", "num_averaged", "step", "tensors", "elements", "dtypes")
     _print_table([columns, *([_cell(entry[column]) for column in columns] for entry in facts["entries"])])
     for entry in facts["entries"] if with_tensors else ():
@@ -182,7 +178,7 @@ def _name_of(dtype: torch.dtype) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
-    return "-" if value is None else _printable(str(value)) or '""'
+    return "-" if value is None else printable(str(value)) or '""'
 
 
 @_cli.command("export", epilog=_EXAMPLES)

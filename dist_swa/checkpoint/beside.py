@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dist_swa.checkpoint.safetensors_io import SUFFIX, created
 from dist_swa.storage.reader import METADATA
 
 _WEIGHTS = (f"model{SUFFIX}", "pytorch_model.bin")  # as from_pretrained names a single file
-_AVERAGE = "dist_swa"  # the folder of the average in a checkpoint of the Trainer
+_OF_TRAINER = "dist_swa"  # the folder of the average in its checkpoints
 # The names of transformers 5: utils/__init__.py, tokenization_utils_base.py, and VOCAB_FILES_NAMES of its tokenizers.
 # No adapter_config.json: with it, from_pretrained would look for an adapter's weights.
 _PATTERNS = (
@@ -34,19 +39,57 @@ def files_beside(path: str | Path) -> dict[str, Path]:
     `path` is a folder with weights, the folder "dist_swa" in a checkpoint of the Trainer, or a file with a name that
     from_pretrained reads, such as "model.safetensors". Other files, such as "a.safetensors", may be anywhere: what is
     beside them need not be theirs.
+
+    Links may lead to the folder, and to the ``blobs`` of Hugging Face's cache. Others are left out with a warning: in a
+    folder from someone else, ``config.json`` may be a link to a private file.
     """
     path = Path(path)
-    is_average = path.resolve().name == _AVERAGE and (path / METADATA).exists()
+    is_average = path.resolve().name == _OF_TRAINER and (path / METADATA).exists()
     if not (path.is_dir() or path.name in _WEIGHTS):
         return {}
     folder = path.parent if is_average or path.is_file() else path
-    found = [file for pattern in _PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return {file.relative_to(folder).as_posix(): file for file in found}
+    files = [file for pattern in _PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
+    found = {file.relative_to(folder).as_posix(): file for file in files}
+    home = folder.resolve()
+    allowed = {home, home.parent / "blobs", home.parent.parent / "blobs"}
+    outside = [name for name, file in found.items() if allowed.isdisjoint(file.resolve().parents)]
+    if outside:
+        warnings.warn(
+            f"copying needs files of {folder}, got links that lead out of it; not copied: {', '.join(outside)}; replace"
+            " the links by files if these belong to the model",
+            stacklevel=2,
+        )
+    return {name: file for name, file in found.items() if name not in outside}
 
 
-def copy_beside(path: str | Path, folder: Path) -> None:
-    """Copy the files beside the weights at `path` to `folder`. Local."""
+def copy_beside(path: str | Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy the files beside the weights at `path` to `folder`; ``config.json`` gets `dtype` if it is given. Local."""
     for name, source in files_beside(path).items():
         (folder / name).parent.mkdir(exist_ok=True)
         with source.open("rb") as file, created(folder / name) as copy:
-            shutil.copyfileobj(file, copy)
+            if dtype is not None and name == "config.json":
+                copy.write(_in_dtype(file.read(), dtype))
+            else:
+                shutil.copyfileobj(file, copy)
+
+
+def _in_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """Return a configuration that says `dtype` where it says a dtype of weights; as it is if it is not JSON."""
+    try:
+        return json.dumps(_replaced(json.loads(config), str(dtype).removeprefix("torch.")), indent=2).encode()
+    except (ValueError, RecursionError):
+        return config
+
+
+def _replaced(config: Any, dtype: str) -> Any:
+    """Return `config` with another dtype, also in the configurations of its parts, such as "text_config"."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _replaced(value, dtype)
+        if key.endswith("config") and key != "quantization_config"
+        else value
+        for key, value in config.items()
+    }

@@ -1,4 +1,4 @@
-"""Convert tensors for an output, with one rounding."""
+"""Convert tensors for an output, with one rounding; find NaN in them."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         other = nearest.nextafter(torch.where(values > nearest, torch.inf, -torch.inf).float())
         part.copy_(torch.where((nearest != values) & (nearest.view(torch.int32) & 1 == 0), other, nearest))
     return result
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Return whether an element is NaN, in one pass that needs no memory."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return False
+    if tensor.dtype.itemsize == 1:  # 8-bit dtypes have no comparison
+        return any(bool(part.float().isnan().any()) for part in tensor.flatten().split(BLOCK_NUMEL))
+    return bool(tensor.aminmax().max.isnan())

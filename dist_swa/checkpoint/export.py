@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -19,10 +20,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
 from dist_swa.checkpoint.beside import copy_beside
-from dist_swa.checkpoint.cast import check_dtype, checked_cast
+from dist_swa.checkpoint.cast import check_dtype, checked_cast, has_nan
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
-from dist_swa.collectives import raise_on_all, rank_and_world_size
+from dist_swa.collectives import all_gather, raise_on_all, rank_and_world_size
 from dist_swa.sharding.opaque import is_subclass
 from dist_swa.sharding.shard import LoadOnlyTensor, to_local
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
@@ -53,7 +54,8 @@ def export(
         out: a path where nothing exists. A name that ends in ".safetensors" becomes one file; any other a folder with
             ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
             folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
-            are copied into the folder: configurations, tokenizer, processor, chat templates.
+            are copied into the folder: configurations, tokenizer, processor, chat templates. A ``config.json`` gets
+            `dtype`. With `only`, nothing is copied: from_pretrained would start the other parameters at random.
         key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
             "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
             the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
@@ -72,7 +74,7 @@ def export(
     Raises ValueError if the key is ambiguous or has an optimizer inside (the message lists the keys), a parameter that
     is not averaged is missing, safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first
     update; FileExistsError; OSError if the disk is full or read-only; CheckpointError if a file is damaged or asks to
-    run code. Every rank raises the same error, and `out` is not created.
+    run code. Every rank raises the same error, and `out` is not created. NaN in the output warns.
 
     Example:
 
@@ -106,14 +108,18 @@ def _export_stored(
         specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
         files = files_of(specs, out)
         _warn_of_skipped(source.skipped)
+    having_nan: list[str] = []
 
     def read(name: str) -> Tensor:
-        return checked_cast(name, source.read(name), specs[name].dtype)
+        tensor = checked_cast(name, source.read(name), specs[name].dtype)
+        having_nan.extend([name] * has_nan(tensor))
+        return tensor
 
     with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
-        if out.suffix != SUFFIX and rank_and_world_size(None)[0] == 0:
-            copy_beside(path, partial)
+        if out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
+            copy_beside(path, partial, dtype)
+    _warn_of_nan(having_nan, None)
 
 
 def _export_live(
@@ -134,16 +140,18 @@ def _export_live(
         specs = {name: Spec(tensor.shape, tensor.dtype).in_dtype(dtype) for name, tensor in tensors.items()}
         files = files_of(specs, out)
         _warn_of_skipped(sorted(state.keys() - tensors.keys()))
+    having_nan: list[str] = []
     with atomic_output(out, group) as partial:
         shards = partial / _SHARDED
         planner = _ConvertingPlanner(specs)
         with unwrap_dcp_errors(), no_group_is_fine():
             dcp_save(tensors, storage_writer=_ShardWriter(shards, files), planner=planner, process_group=group)
         with raise_on_all(group):
-            reader = _ShardReader(shards, specs)
+            reader = _ShardReader(shards, specs, having_nan)
             write_safetensors(files, partial, reader.read, group, progress)
         if rank_and_world_size(group)[0] == 0:
             shutil.rmtree(shards)
+    _warn_of_nan(having_nan, group)
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
@@ -175,10 +183,10 @@ class _ConvertingPlanner(DefaultSavePlanner):
 
 
 class _ShardReader:
-    """Reads full tensors from the shards of all ranks."""
+    """Reads full tensors from the shards of all ranks. The names of those with NaN are added to `having_nan`."""
 
-    def __init__(self, folder: Path, specs: Mapping[str, Spec]) -> None:
-        self._specs = specs
+    def __init__(self, folder: Path, specs: Mapping[str, Spec], having_nan: list[str]) -> None:
+        self._specs, self._having_nan = specs, having_nan
         self._shards: dict[str, list[tuple[Path, list[int]]]] = {name: [] for name in specs}
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             with safe_open(path, framework="pt") as file:
@@ -199,6 +207,7 @@ class _ShardReader:
                 f"export needs the {full.numel()} elements of {name}, got {num_read} from the ranks; let every rank"
                 " call it, on a file system that all of them see"
             )
+        self._having_nan.extend([name] * has_nan(full))
         return full
 
 
@@ -214,3 +223,13 @@ def _check_are_plain(tensors: Mapping[str, Tensor]) -> None:
 def _warn_of_skipped(names: list[str]) -> None:
     if names:
         warnings.warn(f"safetensors store tensors only; not written: {', '.join(names)}", stacklevel=4)
+
+
+def _warn_of_nan(names: list[str], group: dist.ProcessGroup | None) -> None:
+    """Warn on every rank of the tensors with NaN that the ranks have written. A collective."""
+    if found := sorted(name for part in all_gather(names, group) for name in part):
+        warnings.warn(
+            f"an export needs finite weights, got NaN in {len(found)} tensors, such as {found[0]}; export an average"
+            " from before the loss was NaN",
+            stacklevel=4,
+        )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.checkpoint.beside import copy_beside
-from dist_swa.checkpoint.cast import BLOCK_NUMEL, check_dtype, checked_cast
+from dist_swa.checkpoint.cast import check_dtype
 from dist_swa.checkpoint.safetensors_io import (
     SUFFIX,
     Spec,
@@ -30,6 +29,7 @@ from dist_swa.checkpoint.safetensors_io import (
     write_safetensors,
 )
 from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.checkpoint.sums import WeightedSums
 from dist_swa.checkpoint.terms import RECORD, Term, make_terms, record, table, warn_unless_oldest_first
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors
@@ -37,7 +37,7 @@ from dist_swa.storage.writer import CheckpointWriter
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: Iterable[str | Path],
     out: str | Path,
     *,
     key: str | None = None,
@@ -50,10 +50,11 @@ def merge(
     """Write the weighted average of `sources`, oldest first, to `out`. A collective if there is a process group.
 
     Tensors are summed in float64 and rounded once to their dtype, so a single source keeps its bits. Tensors that are
-    not floating come from the last source. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
+    not floating come from the last source; one warning says if integer tensors, such as those of quantised weights,
+    differ. BatchNorm statistics are averaged; `recalibrate_batch_norm` is better.
 
     The order of sources is never changed. One warning says if they are weighted by it and their steps do not rise, as
-    in ``checkpoint-*`` of a shell. The steps are those in the checkpoints if all have one, else the numbers in names.
+    in ``checkpoint-*`` of a shell. The steps are those in the files if all have one, else the steps or epochs in names.
 
     Args:
         sources: paths of what `export` reads, also mixed.
@@ -62,7 +63,7 @@ def merge(
             safetensors. What was merged (paths, keys, steps, weights, rule, date) is in its ``dist_swa.json``, or under
             "dist_swa" in the metadata of the file. Beside safetensors, the folder has the files that from_pretrained
             reads, from the last source if that is a folder or a ``model.safetensors``: configurations, tokenizer,
-            processor, chat templates.
+            processor, chat templates. A ``config.json`` gets `dtype`.
         key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
         rule: the weight of each source by its position, such as ``DecayShaped(shape, total=len(sources))``,
             arXiv:2507.17634. An EMA with a half-life is refused.
@@ -78,7 +79,7 @@ def merge(
 
     Raises ValueError if sources differ (it names the first name, shape or dtype that does), if `weights` do not fit,
     or if a sum overflows its dtype; and what `export` raises. Every rank raises the same error, and `out` is not
-    created.
+    created. Tensors in which all is NaN, as from a run whose loss was NaN, warn.
 
     Example:
 
@@ -102,13 +103,15 @@ def merge(
     write_combination(terms, Path(out), made_by, progress, dtype, heading=table(terms) if progress else "")
 
 
-def checked_paths(sources: Sequence[str | Path]) -> list[str | Path]:
-    """Return `sources`; TypeError or ValueError unless it is a list of at least one path."""
-    if isinstance(sources, str | Path) or not all(isinstance(path, str | Path) for path in sources):
+def checked_paths(sources: Iterable[str | Path]) -> list[str | Path]:
+    """Return `sources` as a list; TypeError or ValueError unless they are one path or more."""
+    is_list = isinstance(sources, Iterable) and not isinstance(sources, str)
+    paths = list(sources) if is_list else []
+    if not is_list or not all(isinstance(path, str | Path) for path in paths):
         raise TypeError(f"merging needs a list of paths, got sources={sources!r}; put it into a list")
-    if not sources:
+    if not paths:
         raise ValueError("merging needs a source or more, got sources=[]; pass paths")
-    return list(sources)
+    return paths
 
 
 def _coefficients(count: int, rule: Rule, weights: Sequence[float] | None, normalize: bool) -> list[float]:
@@ -168,17 +171,18 @@ def write_combination(
         if heading and is_first:
             print(heading, flush=True)
 
-    read = partial(_weighted_sum, specs=specs, terms=terms)
+    sums = WeightedSums(terms, specs)
     if is_checkpoint:
-        _write_checkpoint(specs, out, read, progress, made_by)
-        return
-    is_file = out.suffix == SUFFIX
-    with atomic_output(out, None) as folder:
-        write_safetensors(files, folder, read, None, progress, {"dist_swa": made_by} if is_file else None)
-        if not is_file and is_first:
-            copy_beside(last.path, folder)
-            with created(folder / RECORD) as file:
-                file.write(made_by.encode())
+        _write_checkpoint(specs, out, sums.read, progress, made_by)
+    else:
+        is_file = out.suffix == SUFFIX
+        with atomic_output(out, None) as folder:
+            write_safetensors(files, folder, sums.read, None, progress, {"dist_swa": made_by} if is_file else None)
+            if not is_file and is_first:
+                copy_beside(last.path, folder, dtype)
+                with created(folder / RECORD) as file:
+                    file.write(made_by.encode())
+    sums.warn()
 
 
 def _common_specs(sources: Sequence[Source]) -> dict[str, Spec]:
@@ -211,28 +215,6 @@ def _tied_name(name: str, having: Sequence[Source], lacking: Sequence[Source]) -
     for source in having:
         found = source.tied_to(name, found)
     return next(found, None)
-
-
-def _weighted_sum(name: str, specs: Mapping[str, Spec], terms: Sequence[Term]) -> Tensor:
-    """Return the weighted sum of one tensor. A source with weight 0 is not read: it may contain infinity."""
-    shape, dtype = specs[name]
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return terms[-1].source.read(name)
-    parts = (*shape, 2) if dtype.is_complex else shape
-    total = torch.full((math.prod(parts),), -0.0, dtype=torch.float64)  # -0.0 + x keeps the sign of a zero x
-    for term in terms:
-        if term.weight != 0:
-            _add(total, term.source.read(name), term.weight)
-    result = checked_cast(name, total, dtype.to_real(), "choose smaller weights, or another dtype").view(parts)
-    return torch.view_as_complex(result) if dtype.is_complex else result
-
-
-def _add(total: Tensor, values: Tensor, coefficient: float) -> None:
-    """Add `values` times `coefficient` to the flat float64 `total`, a block at a time to save memory."""
-    values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
-    for start in range(0, len(values), BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        total[block] += values[block].to(torch.float64) * coefficient
 
 
 def _write_checkpoint(

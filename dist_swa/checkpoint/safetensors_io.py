@@ -24,6 +24,7 @@ from dist_swa.storage.writer import PARTIAL, sync_folder
 
 SUFFIX = ".safetensors"
 INDEX = f"model{SUFFIX}.index.json"  # maps each tensor of a folder to its file
+_METADATA = "__metadata__"  # the text in a header, among the names of tensors
 _MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -136,13 +137,15 @@ def write_safetensors(
 def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]:
     """Split tensors into files of at most 5 GB; a single file if `out` is a file.
 
-    In a file, tensors with larger elements come first, so that all are aligned. Raises ValueError for a dtype that
-    safetensors lack.
+    In a file, tensors with larger elements come first, so that all are aligned. Raises ValueError for a dtype or a
+    name that safetensors lack.
     """
     # huggingface_hub splits in the same way, but an HTTP client is too large a dependency for this loop.
     parts: list[dict[str, Spec]] = [{}]
     num_bytes = 0
     for key, spec in sorted(specs.items()):
+        if key == _METADATA or key.encode(errors="ignore").decode() != key:
+            raise ValueError(f"safetensors need names of UTF-8 other than {_METADATA}, got {key!r}; rename the tensor")
         if spec.dtype not in _NAMES:
             raise ValueError(f"safetensors need {', '.join(_DTYPES)}, got {key}={spec}; leave it out of the checkpoint")
         if out.suffix != SUFFIX and parts[-1] and num_bytes + spec.num_bytes > _MAX_FILE_BYTES:
@@ -159,7 +162,7 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
 def check_new(out: Path) -> None:
     """Raise FileExistsError if `out` exists, even as a dangling link, or has no name ("/" and ".")."""
     if not out.name or os.path.lexists(out):
-        raise FileExistsError(f"a new file or folder needs a path where nothing is yet, got {out}; choose another")
+        raise FileExistsError(f"an output needs a path where nothing is yet, got {out}; choose another")
 
 
 @contextmanager
@@ -211,7 +214,7 @@ def created(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: dict[str, Any] = {_METADATA: metadata}
     end = 0
     for key, spec in specs.items():
         start, end = end, end + spec.num_bytes

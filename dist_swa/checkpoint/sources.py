@@ -17,6 +17,7 @@ from dist_swa.storage.reader import CheckpointReader
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
 _LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
+_STEPS = "global_step"  # in the same file
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
 _OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
 
@@ -64,9 +65,11 @@ class Source:
 
     @property
     def step(self) -> int | None:
-        """The optimizer step that the schedule of an average in the same checkpoint has counted."""
+        """The optimizer step that the schedule of an average in the file has counted, or else Lightning."""
         counted = [key for key in self._reader.keys if key.endswith("schedule.now")]
-        return max((integers(self._reader, key)[0] for key in counted), default=None)
+        of_lightning = self._reader.read(_STEPS) if _STEPS in self._reader.keys else None
+        default = of_lightning if type(of_lightning) is int else None
+        return max((integers(self._reader, key)[0] for key in counted), default=default)
 
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"

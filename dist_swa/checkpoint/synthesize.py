@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ _MAX_ERROR = 0.1  # of the coefficients, relative
 
 
 def synthesize(
-    sources: Sequence[str | Path],
+    sources: Iterable[str | Path],
     out: str | Path,
     *,
     sigma_rel: float,

@@ -17,8 +17,17 @@ from dist_swa.checkpoint.sources import Source
 
 RECORD = "dist_swa.json"  # the record of a merge in its output folder
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-_STEP = re.compile(r"(?:step|iter|checkpoint|ckpt|(?<![a-z])ba)[-_=]?(\d+)")  # "epoch=3-step=12-v1", "ep1-ba20-rank0"
-_NUMBER_AT_END = re.compile(r"(?<![.\d])(\d+)$")  # not the 25 of "loss=0.25"
+_VERSION = re.compile(r"(?<=.)[-_.]v\d+$")  # of a file that Lightning did not overwrite: "last-v2"
+_STEP = re.compile(
+    r"(?:step|iter|checkpoint|ckpt|(?<![a-z])ba)[-_=]?(\d+)", re.I
+)  # "epoch=3-step=12", "ep1-ba20-rank0"
+_EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)[-_=]?(\d+)", re.I)  # "epoch10_best"
+_NUMBER_AT_END = re.compile(r"(?<![\d=]\.)(?<!\d)(\d+)$")  # "model.500", but not the 25 of "loss=0.25"
+
+
+def printable(text: str) -> str:
+    """Escape control characters, which names in files may contain."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 class Term(NamedTuple):
@@ -31,7 +40,7 @@ class Term(NamedTuple):
 
 
 def make_terms(paths: Sequence[str | Path], sources: Sequence[Source], weights: Sequence[float]) -> list[Term]:
-    """Return the terms of a sum. The steps are those in the checkpoints if all have one, else those of the names."""
+    """Return the terms of a sum. The steps are those in the files if all have one, else the numbers in their names."""
     steps = [source.step for source in sources]
     if None in steps:
         steps = _steps_of_names([Path(path) for path in paths])
@@ -53,7 +62,10 @@ def warn_unless_oldest_first(terms: Sequence[Term]) -> None:
 def table(terms: Sequence[Term]) -> str:
     """Return one line for each term, under a heading."""
     rows = [("step", "weight", "source")]
-    rows += [("-" if term.step is None else str(term.step), f"{term.weight:.6g}", _shown(term)) for term in terms]
+    rows += [
+        ("-" if term.step is None else str(term.step), f"{term.weight:.6g}", printable(str(term.path)))
+        for term in terms
+    ]
     step_width, weight_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"{step:>{step_width}}  {weight:<{weight_width}}  {path}" for step, weight, path in rows)
 
@@ -67,17 +79,21 @@ def record(terms: Sequence[Term], **facts: Any) -> str:
     return json.dumps({**made, **facts, "sources": sources}, indent=2)
 
 
-def _shown(term: Term) -> str:
-    path = str(term.path)
-    return path if path.isprintable() else repr(path)[1:-1]
-
-
 def _steps_of_names(paths: Sequence[Path]) -> list[int | None]:
-    """Return the number in each name, or in that of its folder where no name has one: "checkpoint-64/weights.pt"."""
+    """Return the step in each name; if none has one, the epoch, a number at the end, or what the folder's name has."""
     names = [path.name for path in paths]
     for suffix in _SUFFIXES:
         names = [name.removesuffix(suffix) for name in names]
-    found = [_STEP.search(name) or _NUMBER_AT_END.search(name) for name in names]
-    if not any(found):
-        found = [_STEP.search(path.parent.name) for path in paths]
-    return [int(match[1]) if match else None for match in found]
+    names = [_VERSION.sub("", name) for name in names]
+    folders = [path.parent.name for path in paths]  # "checkpoint-64/weights.pt"
+    for pattern, texts in (
+        (_STEP, names),
+        (_EPOCH, names),
+        (_NUMBER_AT_END, names),
+        (_STEP, folders),
+        (_EPOCH, folders),
+    ):
+        found = [pattern.search(text) for text in texts]
+        if any(found):
+            return [int(match[1]) if match else None for match in found]
+    return [None] * len(paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,15 @@ INDEX = "pytorch_model.bin.index.json"  # maps each tensor of a folder to its fi
 _FILES = "*model*.bin"  # and not optimizer.bin, training_args.bin
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_MAPPED_BYTES = 1 << 24  # read before a mapping is closed: pages that were read stay resident until then
-_MAX_DICTS = 10**6  # a small file may have many more, as lists of one list that is in them twice
+_MAX_STEPS = 2 * 10**7  # about 10**6 values; a small file may have many more, as a list that is in a list twice
+_STEPS_PER_KEY = 4  # of a path, compared with a value in a list, which is skipped
 _SIGNS_OF_CODE = (" GLOBAL ", "can still be loaded", "TorchScript", "legacy .tar format")  # in errors of torch.load
+# Reads anything, and keeps what weights_only=True reads: the averages, the weights and the steps in any file.
+_CONVERSION = (
+    "keep = lambda x: {{k: keep(v) for k, v in x.items()}} if isinstance(x, dict) else [*map(keep, x)] if isinstance(x,"
+    " list) else x if isinstance(x, (int, torch.Tensor)) else None; x = torch.load({path!r}, 'cpu', weights_only=False)"
+    "; torch.save(keep(x.state_dict() if isinstance(x, torch.nn.Module) else x), 'weights.pt')"
+)
 _ZIP, _OLD = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF"  # how files of torch.save begin; the second before version 1.6
 
 
@@ -110,7 +117,7 @@ def weight_files_in(folder: Path) -> list[Path]:
     return weight_files(folder, folder / INDEX, _FILES)
 
 
-def _loaded(path: Path) -> Mapping[Any, Any]:
+def _loaded(path: Path) -> dict[Any, Any]:
     """Return the dict in a file; its tensors are mapped, unless the file has the old format."""
     try:
         with warnings.catch_warnings():
@@ -124,21 +131,21 @@ def _loaded(path: Path) -> Mapping[Any, Any]:
             raise _needs_code(path, text) from error
         reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
         raise _damaged(path, reason or type(error).__name__) from error
-    if not isinstance(loaded, Mapping):
+    if not isinstance(loaded, dict):
         raise ValueError(f"weights need a dict of tensors, got a {type(loaded).__name__} in {path}; save a state dict")
     return loaded
 
 
 def _needs_code(path: Path, text: str) -> CheckpointError:
     """Return an error with the line that converts a file whose values only code can rebuild."""
-    what, convert = "code in it", f"torch.load({str(path)!r}, weights_only=False)['state_dict']"
+    what, convert = "code in it", _CONVERSION.format(path=str(path))
     if "TorchScript" in text:
-        what, convert = "TorchScript", f"torch.jit.load({str(path)!r}).state_dict()"
+        what, convert = "TorchScript", f"torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), 'weights.pt')"
     elif found := re.search(r"GLOBAL (\S+)", text):
         what = found[1]
     return CheckpointError(
         f"reading needs weights without code, got {path}, which runs {what}; if you trust it, convert it to a state"
-        f" dict: torch.save({convert}, 'weights.pt')"
+        f" dict: {convert}"
     )
 
 
@@ -151,17 +158,21 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == _ZIP
 
 
-def _flatten(loaded: Mapping[Any, Any], file: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flatten(loaded: dict[Any, Any], file: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield what is in nested dicts, and the tensors in lists, with the keys that lead to them."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
-    for _ in range(_MAX_DICTS):
-        if not waiting:
-            return
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), loaded)]  # all dicts are subclasses of dict; Mapping is slow
+    num_steps = 0
+    while waiting:
         path, container = waiting.pop()
-        is_dict = isinstance(container, Mapping)
+        is_dict = isinstance(container, dict)
+        num_steps += len(container)
         for key, value in container.items() if is_dict else enumerate(container):
-            if isinstance(value, Mapping | list | tuple):
+            if not (is_dict or isinstance(value, (dict, list, tuple, Tensor))):
+                continue
+            num_steps += _STEPS_PER_KEY * len(path)
+            if num_steps > _MAX_STEPS:
+                raise _damaged(file, "it has more than 1000000 dicts and lists, or too many inside one another")
+            if isinstance(value, (dict, list, tuple)):
                 waiting.append(((*path, str(key)), value))
-            elif is_dict or isinstance(value, Tensor):
+            else:
                 yield (*path, str(key)), value
-    raise _damaged(file, f"it has more than {_MAX_DICTS} dicts and lists")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dist_swa import checkpoint
+from dist_swa import ShardedAverage, checkpoint
 from dist_swa.__main__ import main
 from dist_swa.checkpoint.beside import files_beside
 
@@ -140,6 +141,99 @@ def test_links_are_copied_as_files(tmp_path: Path) -> None:
     copy = tmp_path / "out/config.json"
     assert not copy.is_symlink()
     assert copy.read_bytes() == (tmp_path / "blobs/config.json").read_bytes()
+
+
+SECRET = '{"token": "secret"}'
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize("link", ["absolute", "relative", "same name", "of the folder"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, link: str, command: str) -> None:
+    folder = tmp_path / "downloads" / "a"
+    save_trainer_checkpoint(folder, gpt2(1))
+    templates = folder / "additional_chat_templates"
+    names = ["config.json", "merges.txt"]
+    for name in ("secret", *names, "x.jinja"):
+        (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "home" / name).write_text(SECRET)
+    if link == "of the folder":
+        templates.symlink_to("../../home")
+        names = ["additional_chat_templates/x.jinja"]
+    for name in names if link != "of the folder" else ():
+        (folder / name).unlink(missing_ok=True)
+        to = "home/secret" if link != "same name" else f"home/{name}"
+        (folder / name).symlink_to(f"{tmp_path}/{to}" if link == "absolute" else f"../../{to}")
+    message = rf"needs files of .*/a, got links that lead out of it; not copied: {', '.join(names)}; replace"
+    write = partial(checkpoint.merge, [folder]) if command == "merge" else partial(checkpoint.export, folder)
+    with pytest.warns(UserWarning, match=message):
+        write(tmp_path / "out")
+    assert names_in(tmp_path / "out") - {"dist_swa.json"} == {"model.safetensors", *COPIED} - {*names}
+    assert all(SECRET.encode() not in (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("blobs", ["", "blobs", "../blobs", "../../blobs"])
+def test_links_in_the_folder_and_in_the_cache_are_followed(tmp_path: Path, blobs: str) -> None:
+    folder = tmp_path / "models--me--a/snapshots/123"
+    save_trainer_checkpoint(folder, gpt2(1))
+    content = (folder / "config.json").read_bytes()
+    (folder / blobs).resolve().mkdir(exist_ok=True)
+    (folder / "config.json").rename(folder / blobs / "0123abc")
+    (folder / "config.json").symlink_to(Path(blobs, "0123abc"))
+    (tmp_path / "link").symlink_to(folder)
+    checkpoint.export(tmp_path / "link", tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == content
+
+
+def save_with_average(folder: Path, model: PreTrainedModel) -> Path:
+    """Save a checkpoint of the Trainer with an average of a part of the parameters."""
+    save_trainer_checkpoint(folder, model)
+    (folder / "pytorch_model.bin").unlink()
+    average = ShardedAverage(model, parameters="*.mlp.*")
+    average.update()
+    checkpoint.save({"swa": average}, folder / "dist_swa")
+    return folder
+
+
+@pytest.mark.parametrize("path", ["", "dist_swa"])
+def test_an_export_of_the_averaged_parameters_alone_is_no_model(tmp_path: Path, path: str) -> None:
+    """With a config.json, from_pretrained would start all other parameters at random."""
+    folder = save_with_average(tmp_path / "checkpoint-1", gpt2(1))
+    checkpoint.export(folder / path, tmp_path / "out", only="averaged")
+    assert names_in(tmp_path / "out") == {"model.safetensors"}
+    assert len(load_file(tmp_path / "out/model.safetensors")) == 4
+    assert main(["export", str(folder / path), str(tmp_path / "same"), "--only", "averaged", "--quiet"]) == 0
+    assert names_in(tmp_path / "same") == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_from_pretrained_opens_an_output_in_its_dtype(tmp_path: Path, key: str, command: str) -> None:
+    folder = save_trainer_checkpoint(tmp_path / "checkpoint-1", gpt2(1))
+    config = json.loads((folder / "config.json").read_text())
+    before = {name: value for name, value in config.items() if name != "dtype"} | {
+        key: "float32",
+        "part_config": {"dtype": "float32", "hidden_size": 8},
+        "vision_config": {"dtype": None},
+        "quantization_config": {"dtype": "float32"},
+        "words": {"dtype": "float32"},
+    }
+    (folder / "config.json").write_text(json.dumps(before))
+    out = ["--out", str(tmp_path / "out")] if command == "merge" else [str(tmp_path / "out")]
+    assert main([command, str(folder), *out, "--dtype", "bfloat16", "--quiet"]) == 0
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    changed = {key: "bfloat16", "part_config": {"dtype": "bfloat16", "hidden_size": 8}}
+    assert list(after.items()) == list((before | changed).items())
+    del after["quantization_config"]  # transformers would need its method
+    (tmp_path / "out/config.json").write_text(json.dumps(after))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
+def test_a_configuration_without_a_dtype_is_copied(tmp_path: Path, content: str) -> None:
+    folder = save_trainer_checkpoint(tmp_path / "a", gpt2(1))
+    (folder / "config.json").write_text(content)
+    checkpoint.export(folder, tmp_path / "out", dtype=torch.bfloat16)
+    assert "".join((tmp_path / "out/config.json").read_text().split()) == content
 
 
 def test_the_average_in_a_checkpoint_of_the_trainer_has_its_files(tmp_path: Path) -> None:

@@ -524,6 +524,60 @@ def test_damage_is_found_and_nothing_appears(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def saved_with_nan(path: Path) -> ShardedAverage:
+    """Save an average that has a NaN in two of its tensors."""
+    model = build()
+    average = ShardedAverage(model)
+    with torch.no_grad():
+        for name in ("up.weight", "down.bias"):
+            model.get_parameter(name).flatten()[-1] = torch.nan
+    average.update()
+    checkpoint.save({"swa": average, "model": build().state_dict()}, path)
+    return average
+
+
+NAN = "an export needs finite weights, got NaN in 2 tensors, such as down.bias; export an average from before"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("is_live", [True, False], ids=["live", "stored"])
+def test_an_average_with_nan_warns(tmp_path: Path, is_live: bool, dtype: torch.dtype | None) -> None:
+    average = saved_with_nan(tmp_path / "saved")
+    with pytest.warns(UserWarning, match=f"^{NAN}") as caught:
+        checkpoint.export(average if is_live else tmp_path / "saved", tmp_path / "out.safetensors", dtype=dtype)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert load_file(tmp_path / "out.safetensors")["up.weight"].float().isnan().sum() == 1
+
+
+@on_ranks(2)
+def test_an_average_with_nan_warns_on_every_rank(tmp_path: Path) -> None:
+    average = saved_with_nan(tmp_path / "saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_io, "_MAX_FILE_BYTES", 100)
+        for name, source in (("live", average), ("stored", tmp_path / "saved")):
+            with pytest.warns(UserWarning, match=f"^{NAN}"):
+                checkpoint.export(source, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"], ids=["metadata", "surrogate"])
+@pytest.mark.parametrize("kind", ["live", "export", "merge"])
+def test_a_name_that_safetensors_lack_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    average = ShardedAverage(nn.ParameterDict({"w": nn.Parameter(torch.ones(1)), name: nn.Parameter(torch.ones(1))}))
+    average.update()
+    torch.save({"w": torch.ones(1), name: torch.ones(1)}, tmp_path / "a.pt")
+    write: dict[str, Callable[[Path], None]] = {
+        "live": partial(checkpoint.export, average),
+        "export": partial(checkpoint.export, tmp_path / "a.pt"),
+        "merge": partial(checkpoint.merge, [tmp_path / "a.pt"]),
+    }
+    with pytest.raises(
+        ValueError, match=rf"need names of UTF-8 other than __metadata__, got {re.escape(repr(name))}; ren"
+    ):
+        write[kind](tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("build_model", [build_odd, build, partial(nn.Linear, 2, 2)], ids=["odd", "net", "linear"])
 def test_tensors_are_aligned(tmp_path: Path, build_model: Callable[[], nn.Module]) -> None:
     average = ShardedAverage(build_model())

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ from dist_swa.averaging.rules import Rule
 from dist_swa.checkpoint import safetensors_io
 from dist_swa.storage.save_load import no_group_is_fine
 from models import build, same_bits, trajectory, wrap, write
-from ranks import run_on_ranks
+from ranks import on_ranks, run_on_ranks
 from reference import closed_form, weighted_sum
 
 
@@ -363,6 +364,95 @@ def test_a_dtype_that_is_not_floating_is_refused(tmp_path: Path, dtype: Any) -> 
         checkpoint.merge(saved(tmp_path, states(1), "s"), tmp_path / "out", dtype=dtype)
 
 
+OUT = pytest.mark.parametrize("out", ["out", "out.safetensors"])
+
+
+NAN = complex(torch.nan, torch.nan)
+
+
+@OUT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_a_source_of_nan_warns(tmp_path: Path, out: str, dtype: torch.dtype) -> None:
+    values = [
+        {name: torch.full((3,), value).to(dtype) for name in "ab"}
+        for value in (1, NAN if dtype.is_complex else torch.nan)
+    ]
+    values[1] |= {"c": torch.ones(2), "d": torch.zeros(0, 3)}
+    values[0] |= {"c": torch.tensor([1.0, torch.nan]), "d": torch.zeros(0, 3)}
+    paths = saved(tmp_path, values)
+    message = (
+        "merging needs finite weights, got nothing but NaN in 2 tensors, such as a; leave out the sources with NaN"
+    )
+    with pytest.warns(UserWarning, match=f"^{message}$") as caught:
+        checkpoint.merge(paths, tmp_path / out, key="model")
+    (warning,) = caught
+    assert warning.filename == __file__
+    checkpoint.merge(paths, tmp_path / "first.safetensors", key="model", weights=[1, 0])
+
+
+INTEGERS = r"merging needs integer tensors that are equal in all sources, got others in 2, such as a.qweight, which are"
+
+
+def quantised(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return int8 weights with their scales, as bitsandbytes or GPTQ store them, and integers that are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randint(0, 100, (4, 2), generator=generator).to(dtype) for name in ("a.qweight", "b.qweight")
+    }
+    return weights | {
+        "scale": torch.rand(4, generator=generator),
+        "index": torch.arange(9),
+        "count": torch.tensor(seed),
+    }
+
+
+@OUT
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.uint16], ids=str)
+def test_integers_that_differ_warn(tmp_path: Path, out: str, dtype: torch.dtype) -> None:
+    paths = saved(tmp_path, [quantised(seed, dtype) for seed in (1, 2, 2)], "c" if out == "out" else "s")
+    with pytest.warns(UserWarning, match=f"^{INTEGERS} now those of the last source; merge weights") as caught:
+        checkpoint.merge(paths, tmp_path / out)
+    (warning,) = caught
+    assert warning.filename == __file__
+    found = loaded(tmp_path / out)
+    assert torch.equal(found["a.qweight"], quantised(2, dtype)["a.qweight"])
+    checkpoint.merge(paths[1:], tmp_path / "equal.safetensors")
+    checkpoint.merge(paths, tmp_path / "without.safetensors", weights=[0, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["c", "s"])
+@on_ranks(2)
+def test_what_a_merge_finds_warns_on_every_rank(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "shared"
+    values = [quantised(i, torch.int8) | {"w": torch.full((2,), (torch.nan, 1.0)[i])} for i in (0, 1)]
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    if kind == "c":
+        paths = saved(folder, values, kind)
+    else:
+        paths = [folder / f"{i}.safetensors" for i in (0, 1)]
+        if torch.distributed.get_rank() == 0:
+            saved(folder, values, kind)
+        torch.distributed.barrier()
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr(safetensors_io, "_MAX_FILE_BYTES", 10)
+        checkpoint.merge(paths, tmp_path / "out")
+    first, second = (str(warning.message) for warning in caught)
+    assert "got nothing but NaN in 1 tensors, such as w; " in first
+    assert "got others in 2, such as a.qweight, " in second
+
+
+def test_sources_may_be_an_iterator(tmp_path: Path) -> None:
+    values = states(3)
+    saved(tmp_path, values, "s")
+    checkpoint.merge(tmp_path.glob("[012].safetensors"), tmp_path / "out")
+    assert is_close(
+        loaded(tmp_path / "out"), expected([1 / 3] * 3, values) | {"mask": loaded(tmp_path / "out")["mask"]}
+    )
+
+
 def test_the_order_of_equal_sources_changes_no_bit(tmp_path: Path) -> None:
     values = [{"x": torch.randn(1000, generator=torch.Generator().manual_seed(i))} for i in range(4)]
     paths = saved(tmp_path, values, "s")
@@ -490,7 +580,14 @@ def test_the_first_difference_is_named(
         ),
         ({"rule": "equal"}, TypeError, r"needs a rule, got rule='equal'; pass Equal\(\)"),
         ({"sources": "path"}, TypeError, r"needs a list of paths, got sources='path'; put it into a list"),
+        (
+            {"sources": Path("path")},
+            TypeError,
+            r"needs a list of paths, got sources=.*Path\('path'\); put it into a list",
+        ),
+        ({"sources": 5}, TypeError, r"needs a list of paths, got sources=5; put it into a list"),
         ({"sources": []}, ValueError, r"needs a source or more, got sources=\[\]"),
+        ({"sources": iter([])}, ValueError, r"needs a source or more, got sources=\[\]"),
     ],
 )
 def test_arguments(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:

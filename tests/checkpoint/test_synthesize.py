@@ -119,6 +119,12 @@ def test_the_order_of_sources_does_not_matter(run: list[Path], tmp_path: Path) -
     assert forth["seen"] == NUM_MODELS
 
 
+def test_sources_may_be_an_iterator(run: list[Path], tmp_path: Path) -> None:
+    assert checkpoint.synthesize(iter(run), tmp_path / "one", sigma_rel=0.08) == checkpoint.synthesize(
+        run, tmp_path / "same", sigma_rel=0.08
+    )
+
+
 def on_a_rank(run: list[Path], out: Path) -> None:
     checkpoint.synthesize(run, out, sigma_rel=0.08)
 

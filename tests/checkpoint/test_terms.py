@@ -42,6 +42,17 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a slash": (["checkpoint-1000/", "checkpoint-1500/", "checkpoint-500/"], "1000, 1500, 500"),
     "in folders": ([f"checkpoint-{n}/model.safetensors" for n in (1000, 1500, 500)], "1000, 1500, 500"),
     "best of a run": (["checkpoint-1000", "checkpoint-500", "final"], "1000, 500"),
+    "epochs": (
+        ["epoch=10-val_loss=0.20.ckpt", "epoch=11-val_loss=0.21.ckpt", "epoch=9-val_loss=0.25.ckpt"],
+        "10, 11, 9",
+    ),
+    "best epochs": (["epoch10_best", "epoch11_best", "epoch9_best"], "10, 11, 9"),
+    "epochs and versions": (["ckpt_epoch_10_v1", "ckpt_epoch_11", "ckpt_epoch_9_v2"], "10, 11, 9"),
+    "Composer's epochs": (["ep10-rank0", "ep11-rank0", "ep9-rank0"], "10, 11, 9"),
+    "capitals": (["Epoch_10", "Epoch_11", "Epoch_9"], "10, 11, 9"),
+    "epochs of folders": ([f"epoch_{n}/model.safetensors" for n in (10, 11, 9)], "10, 11, 9"),
+    "a point": (["model.1000", "model.1500", "model.500"], "1000, 1500, 500"),
+    "a step and an epoch": (["epoch=1-step=200", "epoch=0-step=100", "epoch=7"], "200, 100"),
     "twice": (["checkpoint-500", "checkpoint-500", "checkpoint-1000"], "500, 500, 1000"),
 }
 
@@ -67,12 +78,48 @@ def test_steps_that_do_not_rise_warn_and_nothing_is_sorted(tmp_path: Path, kind:
         (["epoch=9-loss=0.25.ckpt", "epoch=10-loss=0.24.ckpt", "epoch=11-loss=0.23.ckpt"], MINUS_SQRT),
         (["base", "other", "third"], MINUS_SQRT),
         (["base", "checkpoint-7", "other"], MINUS_SQRT),
+        (["last.ckpt", "last-v2.ckpt", "last-v1.ckpt"], MINUS_SQRT),
+        (["val_loss=0.30", "val_loss=0.25", "val_loss=.2"], MINUS_SQRT),
+        (["ckpt_epoch_9_v2", "ckpt_epoch_10_v1", "ckpt_epoch_11"], MINUS_SQRT),
+        (["epoch=9-step=90", "epoch=10-step=100", "epoch=1"], MINUS_SQRT),
         (["run2/final", "run1/final", "run0/final"], MINUS_SQRT),
         (["checkpoint-1000", "checkpoint-1500", "checkpoint-500"], Equal()),  # the order does not matter
     ],
 )
 def test_an_order_that_may_be_meant_does_not_warn(tmp_path: Path, names: list[str], rule: Rule) -> None:
     checkpoint.merge(write(tmp_path, names), tmp_path / "out", rule=rule)
+
+
+@pytest.mark.parametrize("name", ["last-v2.ckpt", "ckpt_epoch_9_v2"])
+def test_a_version_is_no_step(tmp_path: Path, name: str) -> None:
+    checkpoint.merge(write(tmp_path, [name]), tmp_path / "out")
+    (source,) = record_in(tmp_path / "out")["sources"]
+    assert source["step"] == (9 if "epoch" in name else None)
+
+
+@pytest.mark.parametrize("has_average", [False, True], ids=["", "average"])
+def test_the_step_in_a_checkpoint_of_lightning_is_taken(tmp_path: Path, has_average: bool) -> None:
+    model = nn.Linear(1, 1)
+    for i in (1, 2):
+        state: dict[str, Any] = {"state_dict": model.state_dict(), "global_step": 10 * i, "epoch": 7}
+        if has_average:
+            swa = SWA(model, max_duration="100ba", swa_start="0ba")
+            for _ in range(10 * i):
+                swa.step()
+            state["dist_swa"] = swa.state_dict()
+        torch.save(state, tmp_path / f"epoch={9 - i}.ckpt")
+    paths = [tmp_path / "epoch=8.ckpt", tmp_path / "epoch=7.ckpt"]
+    checkpoint.merge(paths, tmp_path / "out", rule=DecayShaped("minus_sqrt", total=2))
+    assert [source["step"] for source in record_in(tmp_path / "out")["sources"]] == [10, 20]
+    with pytest.warns(UserWarning, match="got the steps 20, 10; sort"):
+        checkpoint.merge(paths[::-1], tmp_path / "reversed", rule=DecayShaped("minus_sqrt", total=2))
+
+
+@pytest.mark.parametrize("step", ["7", torch.tensor(7), True, [7]], ids=str)
+def test_what_is_no_step_is_not_taken_for_one(tmp_path: Path, step: Any) -> None:
+    torch.save({"state_dict": {"w": torch.ones(1)}, "global_step": step}, tmp_path / "epoch=3.ckpt")
+    checkpoint.merge([tmp_path / "epoch=3.ckpt"], tmp_path / "out", key="state_dict")
+    assert record_in(tmp_path / "out")["sources"][0]["step"] == 3
 
 
 def save_run(folder: Path, names: list[str], rule: Rule = Equal()) -> list[str]:

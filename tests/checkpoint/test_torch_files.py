@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,64 @@ def test_what_needs_code_is_refused_with_the_line_that_converts_it(
         assert same_bits(load_file("out.safetensors"), state)
 
 
+def trained(model: nn.Module) -> dict[str, Any]:
+    """Return the state of an optimizer after a step."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+CONVERTED: dict[str, Callable[[nn.Module], Any]] = {
+    "module": lambda model: model,
+    "flat": lambda model: {**model.state_dict()},
+    "model beside a number of numpy": lambda model: {"model": model.state_dict(), "best": numpy_scalar()},
+    "nested": lambda model: {"app": {"net": model.state_dict(), "args": argparse.Namespace()}},
+    "beside an optimizer": lambda model: {
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": trained(model),
+        "args": argparse.Namespace(),
+    },
+    "Lightning": lambda model: {
+        "epoch": 3,
+        "global_step": 30,
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": model.state_dict(),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
+        "callbacks": {"Mine": {"best": torch.ones(2), "path": Path("x")}},
+        "optimizer_states": [trained(model)],
+        "hyper_parameters": {"lr": 0.1, "args": argparse.Namespace()},
+    },
+}
+
+
+@pytest.mark.parametrize("has_average", [False, True], ids=["", "average"])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_the_line_that_converts_a_file_keeps_its_averages_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, has_average: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build().requires_grad_(True)
+    average = ShardedAverage(model)
+    average.update()
+    write(model, next(iter(trajectory(1, model))))
+    state = CONVERTED[kind](model)
+    if kind == "flat":
+        state["args"] = {"args": argparse.Namespace()}
+    if has_average:
+        state = {"model": model.state_dict(), "args": numpy_scalar()} if kind == "module" else state
+        state["dist_swa"] = average.state_dict()
+    saved(state, Path("run.ckpt"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"got run.ckpt, which runs .*; if you trust it") as raised:
+        checkpoint.export("run.ckpt", "out.safetensors")
+    exec(str(raised.value).partition("dict: ")[2], {"torch": torch})
+    found = exported(Path("weights.pt"), Path("out.safetensors"))
+    assert same_bits(found, average.full_state_dict() if has_average else model.state_dict())
+    if has_average and kind == "Lightning":
+        assert same_bits(exported(Path("weights.pt"), Path("t.safetensors"), "state_dict"), model.state_dict())
+        assert torch.load("weights.pt")["global_step"] == 30
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_is_refused_with_the_line_that_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -294,6 +353,43 @@ def test_a_file_of_lists_in_lists_does_not_hang(tmp_path: Path, depth: int) -> N
             checkpoint.export(path, tmp_path / "out")
     else:
         assert [value.item() for value in exported(path, tmp_path / "out.safetensors").values()] == [1]
+
+
+def in_itself() -> Any:
+    value: dict[str, Any] = {}
+    value["d"] = value
+    return value
+
+
+def wide(bottom: Any) -> Any:
+    for _ in range(8):
+        bottom = [bottom] * 10
+    return {"a": bottom}
+
+
+@pytest.mark.parametrize(
+    "build_value",
+    [in_itself, lambda: wide([torch.ones(1)]), lambda: wide({}), lambda: wide(list(range(1000)))],
+    ids=["dict in itself", "tensors", "dicts", "numbers"],
+)
+def test_a_file_of_dicts_in_one_another_does_not_hang(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], build_value: Callable[[], Any]
+) -> None:
+    path = saved(build_value(), tmp_path / "x.pt")
+    started = time.monotonic()
+    assert main(["inspect", str(path)]) == 1
+    assert time.monotonic() - started < 30  # seconds; a few without other load
+    assert "x.pt: it has more than 1000000 dicts and lists, or too many inside" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value",
+    [list(range(10**6)), {f"{i}": i for i in range(10**5)}, [{"a": i, "b": (i,)} for i in range(10**4)]],
+    ids=["list", "dict", "list of dicts"],
+)
+def test_many_numbers_beside_the_weights_are_no_damage(tmp_path: Path, value: Any) -> None:
+    path = saved({"model": {"w": torch.ones(1)}, "more": {"of": {"a": {"sampler": value}}}}, tmp_path / "x.pt")
+    assert exported(path, tmp_path / "out.safetensors") == {"w": torch.ones(1)}
 
 
 def test_safetensors_of_another_name_are_read(tmp_path: Path) -> None:
