@@ -16,6 +16,12 @@ from dist_swa.checkpoint.readers import open_reader
 from dist_swa.storage.reader import CheckpointReader
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
+_OF_WHOLE = (
+    None,
+    TOP_LEVEL,
+    MODEL,
+    "state_dict",
+)  # the keys of a file that is one model, beside checkpoints in a merge
 _LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
 _OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
@@ -89,7 +95,7 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
     entries, reader = contents.entries, contents.reader
     averages = [name for name, entry in entries.items() if entry.average]
     weights = [name for name in entries if contents.weights(name)]
-    if is_one_model(contents) and only is None:
+    if is_one_model(contents) and only is None and key in _OF_WHOLE:
         return _open_weights(reader, None, entries[TOP_LEVEL].stored)
     choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
     if key is None and len(choices) == 1:
