@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_swa.averaging.checks import check_only
 from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
-from dist_swa.checkpoint.readers import open_reader
+from dist_swa.checkpoint.readers import open_contents
 from dist_swa.storage.reader import CheckpointReader
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
@@ -91,7 +91,7 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
     optimizer or an average is inside of `key`.
     """
     check_only(only)
-    contents = Contents(open_reader(path))
+    contents = open_contents(path, key)
     entries, reader = contents.entries, contents.reader
     averages = [name for name, entry in entries.items() if entry.average]
     weights = [name for name in entries if contents.weights(name)]

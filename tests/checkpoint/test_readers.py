@@ -1,5 +1,6 @@
 """What lies under a path is read as what it is: models, averages beside them, and files that are none of these."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from dist_swa import checkpoint
+from dist_swa import ShardedAverage, checkpoint
+from dist_swa.__main__ import main
+from dist_swa.storage.save_load import no_group_is_fine
 from models import same_bits
 
 STATE = {"encoder.w": torch.ones(2), "head": torch.zeros(3)}
@@ -59,3 +63,102 @@ def test_the_keys_of_a_model_mean_the_whole_of_one_model(tmp_path: Path, name: s
 def test_a_prefix_of_the_names_of_one_model_is_a_key(tmp_path: Path, name: str) -> None:
     MODELS[name](STATE, tmp_path / name)
     assert same_bits(exported(tmp_path / name, tmp_path / "out.safetensors", "encoder"), {"w": torch.ones(2)})
+
+
+# The checkpoints of trainers
+
+
+def averaged(model: nn.Module, **options: Any) -> ShardedAverage:
+    """Return an average that is not the model."""
+    average = ShardedAverage(model, **options)
+    average.update()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update()
+    return average
+
+
+def save_trainer(folder: Path, name: str = "dist_swa") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Save what a trainer saves. Return the averaged and the trained weights."""
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+    checkpoint.save({"swa": average}, folder / name)
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(trained, folder / "model.safetensors")
+    if name != "dist_swa":
+        (folder / "random_states_0.pkl").touch()
+    return average.full_state_dict(), trained
+
+
+def interrupt(folder: Path, name: str) -> None:
+    (folder / name).rename(folder / f".{name}.partial")
+
+
+def lose_metadata(folder: Path, name: str) -> None:
+    (folder / name / ".metadata").unlink()
+
+
+def damage_metadata(folder: Path, name: str) -> None:
+    (folder / name / ".metadata").write_bytes(b"nothing")
+
+
+def damage_tensors(folder: Path, name: str) -> None:
+    (file,) = (folder / name).glob("*.distcp")
+    file.write_bytes(file.read_bytes()[::-1])
+
+
+def replace_by_a_model(folder: Path, name: str) -> None:
+    shutil.rmtree(folder / name)
+    checkpoint.save({"net": {"w": torch.ones(1)}}, folder / name)
+
+
+INTERRUPTED = [
+    (interrupt, "dist_swa"),
+    (interrupt, "ema"),
+    (lose_metadata, "dist_swa"),
+    (replace_by_a_model, "dist_swa"),
+]
+DAMAGED = [(damage_metadata, "dist_swa"), (damage_tensors, "dist_swa"), (damage_tensors, "ema")]
+
+
+@pytest.mark.parametrize(("change", "name"), [*INTERRUPTED, *DAMAGED])
+def test_a_damaged_average_is_named_and_the_trained_weights_can_be_taken(
+    tmp_path: Path, change: Callable[[Path, str], None], name: str
+) -> None:
+    _, trained = save_trainer(tmp_path / "saved", name)
+    change(tmp_path / "saved", name)
+    for key in (None, "swa"):
+        with pytest.raises(checkpoint.CheckpointError, match=rf"got .*{name}.*; .*, or pass key='model' for trained"):
+            checkpoint.export(tmp_path / "saved", tmp_path / "out", key=key)
+    assert main(["inspect", str(tmp_path / "saved")]) == 1
+    assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors", "model"), trained)
+
+
+def test_an_interrupted_save_beside_a_whole_one_does_not_matter(tmp_path: Path) -> None:
+    average, _ = save_trainer(tmp_path / "saved")
+    (tmp_path / "saved/.dist_swa.partial").mkdir()
+    assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), average)
+
+
+def test_a_damaged_model_is_not_hidden_by_a_damaged_average(tmp_path: Path) -> None:
+    save_trainer(tmp_path / "saved")
+    damage_metadata(tmp_path / "saved", "dist_swa")
+    (tmp_path / "saved/model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(checkpoint.CheckpointError, match=r"got .*model.safetensors: .*; restore it"):
+        checkpoint.export(tmp_path / "saved", tmp_path / "out", key="model")
+
+
+@pytest.mark.parametrize("kind", ["entries", "flat"])
+def test_the_average_in_a_folder_that_is_a_checkpoint_itself_is_taken(tmp_path: Path, kind: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    average = averaged(model)
+    weights = model.state_dict()
+    state = weights if kind == "flat" else {"model": weights, "optimizer": optimizer.state_dict()}
+    with no_group_is_fine():
+        dcp_save(state, checkpoint_id=tmp_path / "saved")
+    checkpoint.save({"swa": average}, tmp_path / "saved/dist_swa")
+    assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), average.full_state_dict())
+    assert same_bits(exported(tmp_path / "saved", tmp_path / "trained.safetensors", "model"), weights)
