@@ -64,10 +64,10 @@ class Contents:
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
-        self._around = {key for region in self._regions for key in _parents(region.split("."))}
-        around_optimizers = {key for region in optimizers for key in _parents(region.split("."))}
+        self._around = {key for region in self._regions for key in parents_of(region.split("."))}
+        around_optimizers = {key for region in optimizers for key in parents_of(region.split("."))}
         self._plain = [
-            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *_parents(key.split(".")), key])
+            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *parents_of(key.split(".")), key])
         ]
         tensors = [key for key in self._plain if reader.shape(key) is not None]
         self._is_uncertain = any(self._paths[key] is None and "." in key for key in tensors)
@@ -119,7 +119,7 @@ class Contents:
 
     def _entry_of(self, key: str) -> str:
         path = self._paths[key]
-        parents = _parents(path or key.split("."))
+        parents = parents_of(path or key.split("."))
         found = (p for p in parents if p not in self._around and (path is None or p in self._dicts))
         return next(found, parents[-1] if parents else TOP_LEVEL)
 
@@ -140,6 +140,11 @@ def spec_of(reader: Reader, key: str) -> Spec | None:
     return None if shape is None or dtype is None else Spec(shape, dtype)
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of each element."""
+    return tensor.flatten()[:, None].view(torch.uint8)
+
+
 def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
     """Return the keys of the nested dicts that each value was saved in; None where the file does not say."""
     if not isinstance(reader, CheckpointReader):
@@ -154,7 +159,7 @@ def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
     return found
 
 
-def _parents(path: Sequence[str]) -> list[str]:
+def parents_of(path: Sequence[str]) -> list[str]:
     """Return "a" and "a.b" for (a, b, c)."""
     return [".".join(path[:end]) for end in range(1, len(path))]
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.checkpoint.beside import copy_beside
 from dist_swa.checkpoint.cast import BLOCK_NUMEL, check_dtype, checked_cast
+from dist_swa.checkpoint.not_averaged import MODEL
 from dist_swa.checkpoint.safetensors_io import (
     SUFFIX,
     Spec,
@@ -29,7 +30,7 @@ from dist_swa.checkpoint.safetensors_io import (
     files_of,
     write_safetensors,
 )
-from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.checkpoint.sources import Source, open_source
 from dist_swa.checkpoint.terms import RECORD, Term, make_terms, record, table, warn_unless_oldest_first
 from dist_swa.collectives import raise_on_all, rank_and_world_size
 from dist_swa.storage.save_load import no_group_is_fine, unwrap_dcp_errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -11,20 +10,24 @@ import torch
 from torch import Tensor
 
 from dist_swa.averaging.checks import check_only
-from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
+from dist_swa.checkpoint.entries import (
+    TOP_LEVEL,
+    Contents,
+    Reader,
+    below,
+    bits,
+    damaged,
+    integers,
+    join,
+    spec_of,
+    strings,
+)
+from dist_swa.checkpoint.not_averaged import MODEL, not_averaged
 from dist_swa.checkpoint.readers import open_contents
 from dist_swa.storage.reader import CheckpointReader
 
-MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
-_OF_WHOLE = (
-    None,
-    TOP_LEVEL,
-    MODEL,
-    "state_dict",
-)  # the keys of a file that is one model, beside checkpoints in a merge
+_OF_WHOLE = (None, TOP_LEVEL, MODEL, "state_dict")  # of a file that is one model; checkpoints beside it need a key
 _LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
-# Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
-_OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
 
 
 class Source:
@@ -60,8 +63,8 @@ class Source:
             if self._stored[other] == self._stored[name]:
                 yield other
             elif self.specs[other] == self.specs[name]:
-                value = _bits(self.read(name)) if value is None else value
-                if bool((value[1:] != value[:1]).any()) and torch.equal(_bits(self.read(other)), value):
+                value = bits(self.read(name)) if value is None else value
+                if bool((value[1:] != value[:1]).any()) and torch.equal(bits(self.read(other)), value):
                     yield other
 
     def tie(self, name: str, other: str) -> None:
@@ -76,11 +79,6 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each element."""
-    return tensor.flatten()[:, None].view(torch.uint8)
 
 
 def open_source(path: str | Path, key: str | None = None, only: str | None = None) -> Source:
@@ -153,44 +151,7 @@ def _open_average(contents: Contents, key: str, only: str | None) -> Source:
         stored = {name: slots_of for name, slots_of in stored.items() if name not in buffers}
     else:
         stored |= buffers
-        stored |= _not_averaged(contents, key, stored, ties)
+        stored |= not_averaged(contents, key, stored, ties)
     for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
         stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
     return Source(reader, key, stored)
-
-
-def _not_averaged(
-    contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]], ties: Mapping[str, list[str]]
-) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that are not averaged (frozen, or not selected). The entry of the model has them.
-
-    Of the names of a tied parameter, the model may have any.
-    """
-    num_others = integers(contents.reader, join(key, "num_others"))[0]
-    first_name = {alias: name for name, aliases in ties.items() for alias in aliases}
-    model: dict[str, tuple[str, ...]] = {
-        first_name.get(name, name): (stored,) for name, stored in _model_beside(contents, key, averaged).items()
-    }
-    others = {name: stored for name, stored in model.items() if name not in averaged}
-    extra_state = {name: stored for name, stored in others.items() if name.endswith("_extra_state")}
-    num_found = len(others) - len(extra_state)
-    if num_found < num_others:
-        raise ValueError(
-            f"an export of {key} needs the {num_others} parameters that are not averaged (frozen, or not selected), got"
-            f" {num_found} of them beside it in {contents.reader.folder}; save the state dict of the model, with its"
-            f" own names, as the entry {MODEL!r} as well, or export from the run"
-        )
-    return others if num_others else extra_state
-
-
-def _model_beside(contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the names and keys of the model nearest to an average; {} if none has a name of the average."""
-    while key:
-        key = key.rpartition(".")[0]
-        inside = (entry for entry in contents.inside(key) if _OF_MODEL.fullmatch(entry.rpartition(".")[2]))
-        itself = [key] if key in contents.entries else []
-        found = [contents.weights(entry) for entry in (join(key, MODEL), *inside, *itself)]
-        best = max(found, key=lambda names: len(averaged.keys() & names))
-        if not averaged.keys().isdisjoint(best):
-            return best
-    return {}
