@@ -11,6 +11,7 @@ import torch
 
 from dist_swa.checkpoint.entries import Contents, KeyPath, Reader
 from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader
+from dist_swa.checkpoint.torch_files import INDEX as BIN_INDEX
 from dist_swa.checkpoint.torch_files import TorchReader, is_torch_file, weight_files_in
 from dist_swa.storage.reader import METADATA, CheckpointError, CheckpointReader, open_checkpoint
 from dist_swa.storage.writer import PARTIAL
@@ -20,6 +21,7 @@ _OF_ACCELERATE = "random_states_0.pkl"  # in each folder of accelerate's save_st
 _OF_AVERAGE = re.compile(r"swa\.(.*\.)?format_version")
 _OF_MODEL = re.compile(r"(?:pytorch_)?model(?:_fsdp)?(?:_0|(_\d+))?(?:\.safetensors|\.bin)?")
 _AVERAGE, _MODEL = "swa", "model"
+_BIN = "pytorch_model.bin"
 
 
 class Model(NamedTuple):
@@ -132,10 +134,11 @@ def _models_in(folder: Path) -> dict[str, Model]:
     """Return the models in the checkpoint of a trainer; accelerate numbers those after the first."""
     if (folder / METADATA).exists():
         return {root or _MODEL: model for root, model in _models_of(open_checkpoint(folder)).items()}
-    found: dict[str, Model] = {}
-    for path in () if (folder / INDEX).exists() else sorted(folder.iterdir()):
-        if match := _OF_MODEL.fullmatch(path.name):
-            found.setdefault(f"{_MODEL}{match[1] or ''}", _whole(open_reader(path)))
+    named = _named_weights_in(folder)
+    found = {} if named is None else {_MODEL: _whole(named)}
+    for path in sorted(folder.iterdir()):
+        if (match := _OF_MODEL.fullmatch(path.name)) and (root := f"{_MODEL}{match[1] or ''}") not in found:
+            found[root] = _whole(open_reader(path))
     if not found and (reader := _weights_in(folder)) is not None:
         found[_MODEL] = _whole(reader)
     return found
@@ -152,8 +155,21 @@ def _whole(reader: Reader) -> Model:
     return Model(reader, {name: key for model in _models_of(reader).values() for name, key in model.stored.items()})
 
 
+def _named_weights_in(folder: Path) -> Reader | None:
+    """Return a reader of the files that from_pretrained reads, which it searches in this order; None without any."""
+    if (path := folder / f"{_MODEL}{SUFFIX}").exists():
+        return SafetensorsReader(path)
+    if (folder / INDEX).exists():
+        return SafetensorsReader(folder)
+    if (path := folder / _BIN).exists():
+        return TorchReader(path)
+    return TorchReader(folder) if (folder / BIN_INDEX).exists() else None
+
+
 def _weights_in(folder: Path) -> Reader | None:
-    """Return a reader of the weights in a folder, as transformers saves them; None without any."""
-    if (folder / INDEX).exists() or any(folder.glob(f"*{SUFFIX}")):
+    """Return a reader of the weights in a folder: as from_pretrained finds them, else of any names."""
+    if (named := _named_weights_in(folder)) is not None:
+        return named
+    if any(folder.glob(f"*{SUFFIX}")):
         return SafetensorsReader(folder)
     return TorchReader(folder) if weight_files_in(folder) else None

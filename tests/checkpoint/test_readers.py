@@ -1,5 +1,7 @@
 """What lies under a path is read as what it is: models, averages beside them, and files that are none of these."""
 
+import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,3 +164,51 @@ def test_the_average_in_a_folder_that_is_a_checkpoint_itself_is_taken(tmp_path: 
     checkpoint.save({"swa": average}, tmp_path / "saved/dist_swa")
     assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), average.full_state_dict())
     assert same_bits(exported(tmp_path / "saved", tmp_path / "trained.safetensors", "model"), weights)
+
+
+# The files that from_pretrained reads
+
+FIRST, OTHER = {"w": torch.ones(2)}, {"w": torch.zeros(2), "stray": torch.zeros(1)}
+
+
+def save_named(state: dict[str, Tensor], path: Path) -> None:
+    """Save `state` as the file `path`, or as the only shard of the index `path`."""
+    if path.name.endswith(".index.json"):
+        shard = path.with_name(path.name.replace(".", "-00001-of-00001.", 1).removesuffix(".index.json"))
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(state, shard.name)}))
+        path = shard
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
+ORDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "my_model.bin",
+)
+
+
+@pytest.mark.parametrize(("first", "stray"), [*itertools.combinations(ORDER, 2)])
+@pytest.mark.parametrize("is_beside_an_average", [False, True], ids=["alone", "beside an average"])
+def test_the_weights_are_those_that_from_pretrained_takes(
+    tmp_path: Path, first: str, stray: str, is_beside_an_average: bool
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_named(OTHER, folder / stray)
+    save_named(FIRST, folder / first)
+    if is_beside_an_average:
+        checkpoint.save({"swa": averaged(nn.Linear(2, 2))}, folder / "dist_swa")
+    assert same_bits(exported(folder, tmp_path / "out.safetensors", "model"), FIRST)
+
+
+def test_safetensors_of_no_known_name_are_one_model(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    save_named(FIRST, tmp_path / "saved/a.safetensors")
+    save_named({"v": torch.ones(3)}, tmp_path / "saved/b.safetensors")
+    assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), FIRST | {"v": torch.ones(3)})
