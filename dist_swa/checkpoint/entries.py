@@ -91,10 +91,11 @@ class Contents:
     def weights(self, key: str) -> dict[str, str]:
         """Return the keys of an entry, or of all tensors below the prefix `key`, by name.
 
-        They are empty where there are none, or where an optimizer or an average is inside.
+        They are empty where there are none, or where an optimizer or an average is inside. Where the file does not say
+        where dots come from, the top level is all that is not in an optimizer or an average.
         """
-        if key == TOP_LEVEL and (key not in self.entries or self._is_uncertain):
-            names = {} if self._regions else self._names(key, self._plain)
+        if key == TOP_LEVEL and (self._is_uncertain or not (self._regions or key in self.entries)):
+            names = self._names(key, self._plain)
         elif key in self.entries:
             entry = self.entries[key]
             names = {} if entry.average or entry.has_optimizer else entry.stored
@@ -103,6 +104,14 @@ class Contents:
         else:
             names = self._names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
         return names if self._has_tensors(names) else {}
+
+    @property
+    def choices(self) -> list[str]:
+        """The keys of weights. The top level is one if several entries are in it, or if all names may begin alike."""
+        weights = [key for key in self.entries if self.weights(key)]
+        may_be_flat = self._is_uncertain and not self._regions
+        has_all = TOP_LEVEL not in self.entries and (len(weights) > 1 or may_be_flat) and self.weights(TOP_LEVEL)
+        return [*weights, TOP_LEVEL] if has_all else weights
 
     def inside(self, key: str) -> list[str]:
         """Return the entries below `key`."""

@@ -92,7 +92,7 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
     contents = open_contents(path, key)
     entries, reader = contents.entries, contents.reader
     averages = [name for name, entry in entries.items() if entry.average]
-    weights = [name for name in entries if contents.weights(name)]
+    weights = contents.choices
     if is_one_model(contents) and only is None and key in _OF_WHOLE:
         return _open_weights(reader, None, entries[TOP_LEVEL].stored)
     choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
@@ -107,8 +107,7 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
         )
     if key is not None and (stored := contents.weights(key)):
         return _open_weights(reader, key, stored)
-    has_all = TOP_LEVEL not in entries and len(weights) > 1 and contents.weights(TOP_LEVEL)
-    choice = ", ".join(name or '""' for name in [*averages, *weights, *([TOP_LEVEL] if has_all else [])]) or "none"
+    choice = ", ".join(name or '""' for name in [*averages, *weights]) or "none"
     raise ValueError(
         f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}{_content_of(contents, key)};"
         f" pass one of {choice}"
