@@ -17,6 +17,7 @@ from dist_swa.checkpoint.safetensors_io import SafetensorsReader, Spec
 from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
+TRAINER_FOLDER = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
 _OPTIMIZER = re.compile(r"optim(izer)?s?")
 KeyPath = tuple[str, ...]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dist_swa.checkpoint.entries import Contents, Reader, bits, integers, join, parents_of, spec_of
+from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, Reader, bits, integers, join, parents_of, spec_of
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
@@ -43,9 +43,12 @@ def not_averaged(
     none: list[str] = []
     found = max(parameters.values(), key=len, default=none)
     extra = f" ({', '.join(found[:5])}{', ...' * (len(found) > 5)})" if len(found) > num_others else ""
+    folder, remedy = contents.reader.folder.resolve(), "export from the run"
+    if folder.name == TRAINER_FOLDER:
+        remedy = f"pass {contents.reader.folder.parent}, where a trainer saves the model, or only='averaged'"
     raise ValueError(
         f"{what}, got {len(found)} of them{extra} beside it in {contents.reader.folder}; save the state dict of the"
-        f" model, with its own names, as the entry {MODEL!r} as well, or export from the run"
+        f" model, with its own names, as the entry {MODEL!r} as well, or {remedy}"
     )
 
 

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_swa.checkpoint.entries import Contents, KeyPath, Reader
+from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, KeyPath, Reader
 from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader
 from dist_swa.checkpoint.torch_files import INDEX as BIN_INDEX
 from dist_swa.checkpoint.torch_files import TorchReader, is_torch_file, weight_files_in
 from dist_swa.storage.reader import METADATA, CheckpointError, CheckpointReader, open_checkpoint
 from dist_swa.storage.writer import PARTIAL
 
-_SWA = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
 _OF_ACCELERATE = "random_states_0.pkl"  # in each folder of accelerate's save_state, which names averages as it likes
 _OF_AVERAGE = re.compile(r"swa\.(.*\.)?format_version")
 _OF_MODEL = re.compile(r"(?:pytorch_)?model(?:_fsdp)?(?:_0|(_\d+))?(?:\.safetensors|\.bin)?")
@@ -43,7 +42,7 @@ class TrainerReader:
         self.paths: dict[str, KeyPath] = {}
         self._parts: dict[str, tuple[Reader, str]] = {}
         for reader in averages:
-            root = _AVERAGE if reader.folder.name == _SWA else reader.folder.name
+            root = _AVERAGE if reader.folder.name == TRAINER_FOLDER else reader.folder.name
             for key in reader.keys:
                 self._add((root, *key.split(".", 1)[1:]), reader, key)
         for root, model in models.items():
@@ -110,14 +109,14 @@ def open_contents(path: str | Path, key: str | None = None) -> Contents:
 def _averages_in(folder: Path) -> list[CheckpointReader]:
     """Return readers of the averages that an adapter wrote into the checkpoint of its trainer."""
     has_any_name = (folder / _OF_ACCELERATE).exists()
-    for partial in folder.glob(f".{'*' if has_any_name else _SWA}{PARTIAL}"):
+    for partial in folder.glob(f".{'*' if has_any_name else TRAINER_FOLDER}{PARTIAL}"):
         if not (folder / partial.name[1 : -len(PARTIAL)]).exists():
             raise _no_average(f"{partial} of a save that was interrupted")
-    averages = [open_checkpoint(folder / _SWA)] if (folder / _SWA).is_dir() else []
+    averages = [open_checkpoint(folder / TRAINER_FOLDER)] if (folder / TRAINER_FOLDER).is_dir() else []
     if averages and not _has_average(averages[0]):
-        raise _no_average(f"{folder / _SWA} without one")
+        raise _no_average(f"{folder / TRAINER_FOLDER} without one")
     if has_any_name:
-        others = sorted(file.parent for file in folder.glob(f"*/{METADATA}") if file.parent.name != _SWA)
+        others = sorted(file.parent for file in folder.glob(f"*/{METADATA}") if file.parent.name != TRAINER_FOLDER)
         averages += filter(_has_average, map(open_checkpoint, others))
     return averages
 

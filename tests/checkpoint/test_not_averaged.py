@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accelerate_on_cpu import launched
@@ -135,3 +135,21 @@ def test_the_state_of_a_quantised_parameter_belongs_to_it(tmp_path: Path) -> Non
     checkpoint.save({"model": state, "swa": average}, tmp_path / "saved")
     expected = average.full_state_dict() | {"0.weight.absmax": torch.ones(2)}
     assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), expected)
+
+
+# The average in the checkpoint of a trainer
+
+
+@pytest.mark.parametrize("is_relative", [False, True], ids=["absolute", "relative"])
+def test_without_the_folder_of_the_model_its_parent_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, folder = build(1), Path("checkpoint-4") if is_relative else tmp_path / "checkpoint-4"
+    average = averaged(model)
+    checkpoint.save({"swa": average}, folder / "dist_swa")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"got 0 of them .*, or pass {folder}, where .*, or only='averaged'$"):
+        checkpoint.export(folder / "dist_swa", tmp_path / "out")
+    assert same_bits(exported(folder, tmp_path / "out.safetensors"), average.full_state_dict())
+    checkpoint.export(folder / "dist_swa", tmp_path / "averaged", only="averaged")
