@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
 TRAINER_FOLDER = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
+DDP, COMPILED = "module.", "._orig_mod."  # in the names of wrapped models
 _OPTIMIZER = re.compile(r"optim(izer)?s?")
 KeyPath = tuple[str, ...]
+Value = TypeVar("Value")
 
 
 class Reader(Protocol):
@@ -61,7 +63,7 @@ class Contents:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._paths = _paths_of(reader)
-        self._prefix = "" if isinstance(reader, SafetensorsReader) else "module."  # of a DDP module's state dict
+        self._has_ddp_names = not isinstance(reader, SafetensorsReader)  # these have names as a user chose them
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
@@ -119,10 +121,11 @@ class Contents:
         return [entry for entry in self.entries if entry.startswith(f"{key}." if key else "") and entry != key]
 
     def _names(self, entry: str, keys: Iterable[str]) -> dict[str, str]:
-        """Return keys by name, without the prefix that all of them have if a DDP module was saved."""
+        """Return keys by the names of the unwrapped model, if a DDP module or a compiled one was saved."""
         names = {key.removeprefix(join(entry, "")): key for key in keys}
-        prefix = self._prefix if all(name.startswith(self._prefix) for name in names) else ""
-        return {name.removeprefix(prefix): key for name, key in names.items()}
+        clean = {f".{name}".replace(COMPILED, ".")[1:]: key for name, key in names.items()}
+        names = clean if len(clean) == len(names) else names
+        return without_prefix(names, DDP) if self._has_ddp_names else names
 
     def _has_tensors(self, names: Mapping[str, str]) -> bool:
         return any(self.reader.shape(stored) is not None for stored in names.values())
@@ -132,6 +135,12 @@ class Contents:
         parents = parents_of(path or key.split("."))
         found = (p for p in parents if p not in self._around and (path is None or p in self._dicts))
         return next(found, parents[-1] if parents else TOP_LEVEL)
+
+
+def without_prefix(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """Remove a prefix that all names have."""
+    has_all = all(name.startswith(prefix) for name in values)
+    return {name.removeprefix(prefix) if has_all else name: value for name, value in values.items()}
 
 
 def join(parent: str, name: str) -> str:

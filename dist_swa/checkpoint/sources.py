@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_swa.averaging.checks import check_only
 from dist_swa.checkpoint.entries import (
+    DDP,
     TOP_LEVEL,
     Contents,
     Reader,
@@ -21,6 +22,7 @@ from dist_swa.checkpoint.entries import (
     join,
     spec_of,
     strings,
+    without_prefix,
 )
 from dist_swa.checkpoint.not_averaged import MODEL, not_averaged
 from dist_swa.checkpoint.readers import open_contents
@@ -72,6 +74,16 @@ class Source:
         self._stored[name], self.specs[name] = self._stored[other], self.specs[other]
 
     @property
+    def is_wrapped(self) -> bool:
+        """Whether all names begin as those of a DDP module."""
+        return all(name.startswith(DDP) for name in self._stored)
+
+    def unwrap(self) -> None:
+        """Remove DDP's prefix from all names."""
+        self._stored, self.specs = without_prefix(self._stored, DDP), without_prefix(self.specs, DDP)
+        self.skipped = [name.removeprefix(DDP) for name in self.skipped]
+
+    @property
     def step(self) -> int | None:
         """The optimizer step that the schedule of an average in the same checkpoint has counted."""
         counted = [key for key in self._reader.keys if key.endswith("schedule.now")]
@@ -112,6 +124,15 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
         f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}{_content_of(contents, key)};"
         f" pass one of {choice}"
     )
+
+
+def open_sources(paths: Sequence[str | Path], key: str | None) -> list[Source]:
+    """Open the sources of a merge. DDP's prefix is removed from names if other sources do not have it."""
+    sources = [open_source(path, key) for path in paths]
+    wrapped = [source for source in sources if source.is_wrapped]
+    for source in wrapped if len(wrapped) < len(sources) else ():
+        source.unwrap()
+    return sources
 
 
 def is_one_model(contents: Contents) -> bool:
