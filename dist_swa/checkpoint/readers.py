@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, KeyPath, Reader
-from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader
+from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader, is_safetensors
 from dist_swa.checkpoint.torch_files import INDEX as BIN_INDEX
 from dist_swa.checkpoint.torch_files import TorchReader, is_torch_file, weight_files_in
 from dist_swa.storage.reader import METADATA, CheckpointError, CheckpointReader, open_checkpoint
@@ -20,7 +20,7 @@ _OF_ACCELERATE = "random_states_0.pkl"  # in each folder of accelerate's save_st
 _OF_AVERAGE = re.compile(r"swa\.(.*\.)?format_version")
 _OF_MODEL = re.compile(r"(?:pytorch_)?model(?:_fsdp)?(?:_0|(_\d+))?(?:\.safetensors|\.bin)?")
 _AVERAGE, _MODEL = "swa", "model"
-_BIN = "pytorch_model.bin"
+_BIN, _DCP_SUFFIX = "pytorch_model.bin", ".distcp"
 
 
 class Model(NamedTuple):
@@ -74,7 +74,7 @@ def open_reader(path: str | Path) -> Reader:
     """
     path = Path(path)
     if path.is_file():
-        return TorchReader(path) if is_torch_file(path) else SafetensorsReader(path)
+        return _open_file(path)
     whole = open_checkpoint(path) if (path / METADATA).exists() else None
     if (whole is None or not _has_average(whole)) and (averages := _averages_in(path)):
         return TrainerReader(path, averages, _models_in(path))
@@ -87,6 +87,16 @@ def open_reader(path: str | Path) -> Reader:
     steps = sorted(folder.name for name in ("step-*", "checkpoint-*") for folder in path.glob(name))
     hint = f"choose one of {', '.join(steps)} in it" if steps else f"it has no {METADATA}; see the path"
     raise ValueError(f"a checkpoint or safetensors are needed, got {path}; {hint}")
+
+
+def _open_file(path: Path) -> Reader:
+    if path.name == METADATA or path.suffix == _DCP_SUFFIX:
+        raise ValueError(f"reading needs the folder of a checkpoint, got its file {path}; pass {path.parent}")
+    if is_torch_file(path):
+        return TorchReader(path)
+    if path.suffix == SUFFIX or is_safetensors(path):
+        return SafetensorsReader(path)
+    raise ValueError(f"reading needs safetensors or a file of torch.save, got {path}, which is neither; pass weights")
 
 
 def open_contents(path: str | Path, key: str | None = None) -> Contents:

@@ -142,12 +142,16 @@ def is_one_model(contents: Contents) -> bool:
 
 
 def _content_of(contents: Contents, key: str | None) -> str:
-    """Say what is inside of an entry that cannot be opened."""
-    names = [] if key is None else contents.inside(key)
+    """Say what is inside of an entry that cannot be opened. Without a key: why there is nothing to choose from."""
+    if key is None and contents.choices:
+        return ""
+    names = contents.inside(key or TOP_LEVEL)
     if names:
         marked = (f"{name} (optimizer)" if contents.entries[name].has_optimizer else name for name in names)
         return f", which has {', '.join(marked)} inside"
-    return ", which is the state of an optimizer" if key in contents.entries else ""
+    if (key or TOP_LEVEL) not in contents.entries:
+        return ""
+    return ", which is the state of an optimizer" if key else ", which has the state of an optimizer at its top level"
 
 
 def _open_weights(reader: Reader, key: str | None, stored: Mapping[str, str]) -> Source:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,69 @@ def test_safetensors_of_no_known_name_are_one_model(tmp_path: Path) -> None:
     save_named(FIRST, tmp_path / "saved/a.safetensors")
     save_named({"v": torch.ones(3)}, tmp_path / "saved/b.safetensors")
     assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), FIRST | {"v": torch.ones(3)})
+
+
+# Files that are no weights
+
+MOMENTS = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+FLATTENED = {"state.w.exp_avg": torch.ones(2), "param_groups.w.lr": torch.ones(())}
+AT_TOP = "has the state of an optimizer at its top level"
+OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "state dict": (MOMENTS, AT_TOP),
+    "entry": ({"optim": MOMENTS}, r"has optim \(optimizer\) inside"),
+    "nested entries": (
+        {"a": {"optim": MOMENTS}, "adam": MOMENTS},
+        r"has a.optim \(optimizer\), adam \(optimizer\) inside",
+    ),
+    "flattened": (FLATTENED, AT_TOP),
+    "flattened beside a flat model": ({**STATE, **FLATTENED}, AT_TOP),
+}
+
+
+@pytest.mark.parametrize("key", [None, ""])
+@pytest.mark.parametrize("format", ["torch.save", "checkpoint"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_without_weights_is_called_so(tmp_path: Path, kind: str, format: str, key: str | None) -> None:
+    state, message = OPTIMIZERS[kind]
+    path = tmp_path / "saved.pt"
+    with no_group_is_fine():
+        torch.save(state, path) if format == "torch.save" else dcp_save(dict(state), checkpoint_id=path)
+    with pytest.raises(ValueError, match=rf"got key={key!r} for .*saved.pt, which {message}; pass one of none"):
+        checkpoint.export(path, tmp_path / "out", key=key)
+
+
+NEITHER = "needs safetensors or a file of torch.save, got .*{name}, which is neither; pass weights$"
+FILES: dict[str, bytes] = {
+    "text.txt": b"some text that is longer than a header",
+    "raw.pkl": pickle.dumps({"a": [1, 2, 3]}),
+    "config.json": b'{"model_type": "gpt2"}',
+    "array.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_weights_is_called_so(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    with pytest.raises(ValueError, match=NEITHER.format(name=name)):
+        checkpoint.export(tmp_path / name, tmp_path / "out")
+    assert main(["inspect", str(tmp_path / name)]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_for_a_file_of_a_checkpoint_its_folder_is_named(tmp_path: Path, name: str) -> None:
+    checkpoint.save({"model": STATE}, tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"the folder of a checkpoint, got its file .*{name}; pass .*/saved$"):
+        checkpoint.export(tmp_path / "saved" / name, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused_by_name(tmp_path: Path, layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    torch.save({"a": torch.ones(1), "ragged": nested}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"needs? .*ragged.*x.pt.*; |which runs .*nested") as raised:
+        checkpoint.export(tmp_path / "x.pt", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert "Internal" not in str(raised.value)
