@@ -5,35 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_swa.averaging.format import FORMAT_VERSION
-from dist_swa.checkpoint.safetensors_io import SafetensorsReader, Spec
+from dist_swa.checkpoint.keys import COMPILED, DDP, KeyPath, Reader, below, join, parents_of, without_prefix
+from dist_swa.checkpoint.safetensors_io import SafetensorsReader
 from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
 TRAINER_FOLDER = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
-DDP, COMPILED = "module.", "._orig_mod."  # in the names of wrapped models
 _OPTIMIZER = re.compile(r"optim(izer)?s?")
-KeyPath = tuple[str, ...]
-Value = TypeVar("Value")
-
-
-class Reader(Protocol):
-    """Tensors and other values by dotted keys. The shape and dtype of other values are None."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def keys(self) -> Sequence[str]: ...
-    def shape(self, key: str) -> torch.Size | None: ...
-    def dtype(self, key: str) -> torch.dtype | None: ...
-    def read(self, key: str) -> Any: ...
 
 
 class Average(NamedTuple):
@@ -137,33 +122,6 @@ class Contents:
         return next(found, parents[-1] if parents else TOP_LEVEL)
 
 
-def without_prefix(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
-    """Remove a prefix that all names have."""
-    has_all = all(name.startswith(prefix) for name in values)
-    return {name.removeprefix(prefix) if has_all else name: value for name, value in values.items()}
-
-
-def join(parent: str, name: str) -> str:
-    return f"{parent}.{name}" if parent else name
-
-
-def below(reader: Reader, key: str) -> dict[str, str]:
-    """Return the keys below `key` by what follows it."""
-    prefix = join(key, "")
-    return {stored.removeprefix(prefix): stored for stored in reader.keys if stored.startswith(prefix)}
-
-
-def spec_of(reader: Reader, key: str) -> Spec | None:
-    """Return the shape and dtype of a tensor; None for other values."""
-    shape, dtype = reader.shape(key), reader.dtype(key)
-    return None if shape is None or dtype is None else Spec(shape, dtype)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each element."""
-    return tensor.flatten()[:, None].view(torch.uint8)
-
-
 def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
     """Return the keys of the nested dicts that each value was saved in; None where the file does not say."""
     if not isinstance(reader, CheckpointReader):
@@ -176,11 +134,6 @@ def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
         path = tuple(map(str, given)) if isinstance(given, tuple | list) else ()
         found[key] = path if ".".join(path) == key else None
     return found
-
-
-def parents_of(path: Sequence[str]) -> list[str]:
-    """Return "a" and "a.b" for (a, b, c)."""
-    return [".".join(path[:end]) for end in range(1, len(path))]
 
 
 def _optimizers_in(paths: Mapping[str, KeyPath | None]) -> set[str]:

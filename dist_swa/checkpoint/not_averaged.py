@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, Reader, bits, integers, join, parents_of, spec_of
+from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, integers
+from dist_swa.checkpoint.keys import Reader, bits, join, parents_of, spec_of
 
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".

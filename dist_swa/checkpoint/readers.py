@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, KeyPath, Reader
+from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents
+from dist_swa.checkpoint.keys import KeyPath, Reader
 from dist_swa.checkpoint.safetensors_io import INDEX, SUFFIX, SafetensorsReader, is_safetensors
 from dist_swa.checkpoint.torch_files import INDEX as BIN_INDEX
 from dist_swa.checkpoint.torch_files import TorchReader, is_torch_file, weight_files_in

@@ -10,20 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_swa.averaging.checks import check_only
-from dist_swa.checkpoint.entries import (
-    DDP,
-    TOP_LEVEL,
-    Contents,
-    Reader,
-    below,
-    bits,
-    damaged,
-    integers,
-    join,
-    spec_of,
-    strings,
-    without_prefix,
-)
+from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, damaged, integers, strings
+from dist_swa.checkpoint.keys import DDP, Reader, below, bits, join, spec_of, without_prefix
 from dist_swa.checkpoint.not_averaged import MODEL, not_averaged
 from dist_swa.checkpoint.readers import open_contents
 from dist_swa.storage.reader import CheckpointReader
