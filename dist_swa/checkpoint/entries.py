@@ -52,8 +52,6 @@ class Contents:
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
-        self._around = {key for region in self._regions for key in parents_of(region.split("."))}
-        around_optimizers = {key for region in optimizers for key in parents_of(region.split("."))}
         self._plain = [
             key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *parents_of(key.split(".")), key])
         ]
@@ -65,7 +63,7 @@ class Contents:
         for key in self._plain:
             grouped[self._entry_of(key)].append(key)
         others = {
-            entry: Entry(self._names(entry, grouped[entry]), None, entry in around_optimizers)
+            entry: Entry(self._names(entry, grouped[entry]), None, _has_inside(entry, optimizers))
             for entry in {self._entry_of(key) for key in tensors}
         }
         for key in optimizers:
@@ -87,7 +85,7 @@ class Contents:
         elif key in self.entries:
             entry = self.entries[key]
             names = {} if entry.average or entry.has_optimizer else entry.stored
-        elif key in self._around:
+        elif _has_inside(key, self._regions):
             names = {}
         else:
             names = self._names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
@@ -118,8 +116,12 @@ class Contents:
     def _entry_of(self, key: str) -> str:
         path = self._paths[key]
         parents = parents_of(path or key.split("."))
-        found = (p for p in parents if p not in self._around and (path is None or p in self._dicts))
+        found = (p for p in parents if not _has_inside(p, self._regions) and (path is None or p in self._dicts))
         return next(found, parents[-1] if parents else TOP_LEVEL)
+
+
+def _has_inside(key: str, others: Iterable[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in others)
 
 
 def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
