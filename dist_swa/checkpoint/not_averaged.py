@@ -39,7 +39,7 @@ def not_averaged(
     if fitting:
         raise ValueError(
             f"{what} from one model, got {' and '.join(fitting)} in {contents.reader.folder}, which have the names of"
-            " the average and other values; export from the run, or pass only='averaged'"
+            " the average, but not the same values; export from the run, or pass only='averaged'"
         )
     none: list[str] = []
     found = max(parameters.values(), key=len, default=none)
@@ -54,7 +54,7 @@ def not_averaged(
 
 
 def _is_extra_state(name: str) -> bool:
-    return name.endswith("_extra_state")
+    return name.rpartition(".")[2].startswith("_extra_state")  # Megatron-Core adds "/shard_0_2"
 
 
 def _parameters_in(reader: Reader, others: Mapping[str, str]) -> list[str]:

@@ -108,6 +108,7 @@ def test_the_average_of_one_of_two_models_of_accelerate_raises(tmp_path: Path) -
     [
         ("0.bias", {"epoch": 3}, r"needs the 2 parameters .*, got 1 of them beside it"),
         ("0.bias", {"0._extra_state": torch.ones(1)}, r"needs the 2 parameters .*, got 1 of them beside it"),
+        ("0.bias", {"0._extra_state/shard_0_2": torch.ones(1)}, r"got 1 of them beside it"),
         ("0.bias", {"0.weight.absmax": torch.ones(1)}, r"needs the 2 parameters .*, got 1 of them beside it"),
         (None, {"head": torch.ones(1)}, r"needs the 2 parameters .*, got 3 of them \(0.bias, 0.weight, head\) beside"),
         (
