@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from dist_swa import __version__, checkpoint
 from dist_swa.averaging.rules import EMA, DecayShaped, Equal, Polynomial, Rule
-from dist_swa.checkpoint.entries import Contents, Entry, Reader, spec_of
+from dist_swa.checkpoint.entries import Contents, Entry
+from dist_swa.checkpoint.keys import Reader, spec_of
 from dist_swa.checkpoint.readers import TrainerReader, open_reader
 from dist_swa.checkpoint.safetensors_io import SafetensorsReader
 from dist_swa.checkpoint.sources import is_one_model

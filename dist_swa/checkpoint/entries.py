@@ -5,32 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_swa.averaging.format import FORMAT_VERSION
-from dist_swa.checkpoint.safetensors_io import SafetensorsReader, Spec
+from dist_swa.checkpoint.keys import COMPILED, DDP, KeyPath, Reader, below, join, parents_of, without_prefix
+from dist_swa.checkpoint.safetensors_io import SafetensorsReader
 from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
+TRAINER_FOLDER = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
 _OPTIMIZER = re.compile(r"optim(izer)?s?")
-KeyPath = tuple[str, ...]
-
-
-class Reader(Protocol):
-    """Tensors and other values by dotted keys. The shape and dtype of other values are None."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def keys(self) -> Sequence[str]: ...
-    def shape(self, key: str) -> torch.Size | None: ...
-    def dtype(self, key: str) -> torch.dtype | None: ...
-    def read(self, key: str) -> Any: ...
 
 
 class Average(NamedTuple):
@@ -60,14 +48,12 @@ class Contents:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._paths = _paths_of(reader)
-        self._prefix = "" if isinstance(reader, SafetensorsReader) else "module."  # of a DDP module's state dict
+        self._has_ddp_names = not isinstance(reader, SafetensorsReader)  # these have names as a user chose them
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
-        self._around = {key for region in self._regions for key in _parents(region.split("."))}
-        around_optimizers = {key for region in optimizers for key in _parents(region.split("."))}
         self._plain = [
-            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *_parents(key.split(".")), key])
+            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *parents_of(key.split(".")), key])
         ]
         tensors = [key for key in self._plain if reader.shape(key) is not None]
         self._is_uncertain = any(self._paths[key] is None and "." in key for key in tensors)
@@ -77,7 +63,7 @@ class Contents:
         for key in self._plain:
             grouped[self._entry_of(key)].append(key)
         others = {
-            entry: Entry(self._names(entry, grouped[entry]), None, entry in around_optimizers)
+            entry: Entry(self._names(entry, grouped[entry]), None, _has_inside(entry, optimizers))
             for entry in {self._entry_of(key) for key in tensors}
         }
         for key in optimizers:
@@ -91,53 +77,51 @@ class Contents:
     def weights(self, key: str) -> dict[str, str]:
         """Return the keys of an entry, or of all tensors below the prefix `key`, by name.
 
-        They are empty where there are none, or where an optimizer or an average is inside.
+        They are empty where there are none, or where an optimizer or an average is inside. Where the file does not say
+        where dots come from, the top level is all that is not in an optimizer or an average.
         """
-        if key == TOP_LEVEL and (key not in self.entries or self._is_uncertain):
-            names = {} if self._regions else self._names(key, self._plain)
+        if key == TOP_LEVEL and (self._is_uncertain or not (self._regions or key in self.entries)):
+            names = self._names(key, self._plain)
         elif key in self.entries:
             entry = self.entries[key]
             names = {} if entry.average or entry.has_optimizer else entry.stored
-        elif key in self._around:
+        elif _has_inside(key, self._regions):
             names = {}
         else:
             names = self._names(key, [stored for stored in self._plain if stored.startswith(f"{key}.")])
         return names if self._has_tensors(names) else {}
+
+    @property
+    def choices(self) -> list[str]:
+        """The keys of weights. The top level is one if several entries are in it, or if all names may begin alike."""
+        weights = [key for key in self.entries if self.weights(key)]
+        may_be_flat = self._is_uncertain and not self._regions
+        has_all = TOP_LEVEL not in self.entries and (len(weights) > 1 or may_be_flat) and self.weights(TOP_LEVEL)
+        return [*weights, TOP_LEVEL] if has_all else weights
 
     def inside(self, key: str) -> list[str]:
         """Return the entries below `key`."""
         return [entry for entry in self.entries if entry.startswith(f"{key}." if key else "") and entry != key]
 
     def _names(self, entry: str, keys: Iterable[str]) -> dict[str, str]:
-        """Return keys by name, without the prefix that all of them have if a DDP module was saved."""
+        """Return keys by the names of the unwrapped model, if a DDP module or a compiled one was saved."""
         names = {key.removeprefix(join(entry, "")): key for key in keys}
-        prefix = self._prefix if all(name.startswith(self._prefix) for name in names) else ""
-        return {name.removeprefix(prefix): key for name, key in names.items()}
+        clean = {f".{name}".replace(COMPILED, ".")[1:]: key for name, key in names.items()}
+        names = clean if len(clean) == len(names) else names
+        return without_prefix(names, DDP) if self._has_ddp_names else names
 
     def _has_tensors(self, names: Mapping[str, str]) -> bool:
         return any(self.reader.shape(stored) is not None for stored in names.values())
 
     def _entry_of(self, key: str) -> str:
         path = self._paths[key]
-        parents = _parents(path or key.split("."))
-        found = (p for p in parents if p not in self._around and (path is None or p in self._dicts))
+        parents = parents_of(path or key.split("."))
+        found = (p for p in parents if not _has_inside(p, self._regions) and (path is None or p in self._dicts))
         return next(found, parents[-1] if parents else TOP_LEVEL)
 
 
-def join(parent: str, name: str) -> str:
-    return f"{parent}.{name}" if parent else name
-
-
-def below(reader: Reader, key: str) -> dict[str, str]:
-    """Return the keys below `key` by what follows it."""
-    prefix = join(key, "")
-    return {stored.removeprefix(prefix): stored for stored in reader.keys if stored.startswith(prefix)}
-
-
-def spec_of(reader: Reader, key: str) -> Spec | None:
-    """Return the shape and dtype of a tensor; None for other values."""
-    shape, dtype = reader.shape(key), reader.dtype(key)
-    return None if shape is None or dtype is None else Spec(shape, dtype)
+def _has_inside(key: str, others: Iterable[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in others)
 
 
 def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
@@ -152,11 +136,6 @@ def _paths_of(reader: Reader) -> dict[str, KeyPath | None]:
         path = tuple(map(str, given)) if isinstance(given, tuple | list) else ()
         found[key] = path if ".".join(path) == key else None
     return found
-
-
-def _parents(path: Sequence[str]) -> list[str]:
-    """Return "a" and "a.b" for (a, b, c)."""
-    return [".".join(path[:end]) for end in range(1, len(path))]
 
 
 def _optimizers_in(paths: Mapping[str, KeyPath | None]) -> set[str]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.checkpoint.beside import copy_beside
 from dist_swa.checkpoint.cast import check_dtype
+from dist_swa.checkpoint.not_averaged import MODEL
 from dist_swa.checkpoint.safetensors_io import (
     SUFFIX,
     Spec,
@@ -28,7 +29,7 @@ from dist_swa.checkpoint.safetensors_io import (
     files_of,
     write_safetensors,
 )
-from dist_swa.checkpoint.sources import MODEL, Source, open_source
+from dist_swa.checkpoint.sources import Source, open_sources
 from dist_swa.checkpoint.sums import WeightedSums
 from dist_swa.checkpoint.terms import RECORD, Term, make_terms, record, table, warn_unless_oldest_first
 from dist_swa.collectives import raise_on_all, rank_and_world_size
@@ -96,7 +97,7 @@ def merge(
         check_dtype("merge", dtype)
         paths = checked_paths(sources)
         coefficients = _coefficients(len(paths), rule, weights, normalize)
-        terms = make_terms(paths, [open_source(path, key) for path in paths], coefficients)
+        terms = make_terms(paths, open_sources(paths, key), coefficients)
         warn_unless_oldest_first(terms)
     facts = {"rule": repr(rule) if weights is None else None, "dtype": None if dtype is None else str(dtype)}
     made_by = record(terms, command="merge", **facts)

@@ -104,6 +104,12 @@ class SafetensorsReader:
             return tensor
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do: with a length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def write_safetensors(
     files: Mapping[str, Mapping[str, Spec]],
     folder: Path,

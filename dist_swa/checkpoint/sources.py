@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor
 
 from dist_swa.averaging.averaged_model import check_only
-from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, Reader, below, damaged, integers, join, spec_of, strings
-from dist_swa.checkpoint.readers import open_reader
+from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, damaged, integers, strings
+from dist_swa.checkpoint.keys import DDP, Reader, below, bits, join, spec_of, without_prefix
+from dist_swa.checkpoint.not_averaged import MODEL, not_averaged
+from dist_swa.checkpoint.readers import open_contents
 from dist_swa.storage.reader import CheckpointReader
 
-MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
+_OF_WHOLE = (None, TOP_LEVEL, MODEL, "state_dict")  # of a file that is one model; checkpoints beside it need a key
 _LIGHTNING, _OF_LIGHTNING = "pytorch-lightning_version", "state_dict"  # callbacks have tensors beside it
 _STEPS = "global_step"  # in the same file
-# Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
-_OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
 
 
 class Source:
@@ -55,13 +54,23 @@ class Source:
             if self._stored[other] == self._stored[name]:
                 yield other
             elif self.specs[other] == self.specs[name]:
-                value = _bits(self.read(name)) if value is None else value
-                if bool((value[1:] != value[:1]).any()) and torch.equal(_bits(self.read(other)), value):
+                value = bits(self.read(name)) if value is None else value
+                if bool((value[1:] != value[:1]).any()) and torch.equal(bits(self.read(other)), value):
                     yield other
 
     def tie(self, name: str, other: str) -> None:
         """Give the tensor `other` one more name."""
         self._stored[name], self.specs[name] = self._stored[other], self.specs[other]
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether all names begin as those of a DDP module."""
+        return all(name.startswith(DDP) for name in self._stored)
+
+    def unwrap(self) -> None:
+        """Remove DDP's prefix from all names."""
+        self._stored, self.specs = without_prefix(self._stored, DDP), without_prefix(self.specs, DDP)
+        self.skipped = [name.removeprefix(DDP) for name in self.skipped]
 
     @property
     def step(self) -> int | None:
@@ -75,11 +84,6 @@ class Source:
         return f"{self.key} in {self.path}" if self.key else f"{self.path}"
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each element."""
-    return tensor.flatten()[:, None].view(torch.uint8)
-
-
 def open_source(path: str | Path, key: str | None = None, only: str | None = None) -> Source:
     """Return the weights of the entry `key`, or of all below it; a file of weights alone needs no key.
 
@@ -88,11 +92,11 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
     optimizer or an average is inside of `key`.
     """
     check_only(only)
-    contents = Contents(open_reader(path))
+    contents = open_contents(path, key)
     entries, reader = contents.entries, contents.reader
     averages = [name for name, entry in entries.items() if entry.average]
-    weights = [name for name in entries if contents.weights(name)]
-    if is_one_model(contents) and only is None:
+    weights = contents.choices
+    if is_one_model(contents) and only is None and key in _OF_WHOLE:
         return _open_weights(reader, None, entries[TOP_LEVEL].stored)
     choices = averages or ([_OF_LIGHTNING] if _LIGHTNING in reader.keys and _OF_LIGHTNING in weights else weights)
     if key is None and len(choices) == 1:
@@ -106,12 +110,20 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
         )
     if key is not None and (stored := contents.weights(key)):
         return _open_weights(reader, key, stored)
-    has_all = TOP_LEVEL not in entries and len(weights) > 1 and contents.weights(TOP_LEVEL)
-    choice = ", ".join(name or '""' for name in [*averages, *weights, *([TOP_LEVEL] if has_all else [])]) or "none"
+    choice = ", ".join(name or '""' for name in [*averages, *weights]) or "none"
     raise ValueError(
         f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}{_content_of(contents, key)};"
         f" pass one of {choice}"
     )
+
+
+def open_sources(paths: Sequence[str | Path], key: str | None) -> list[Source]:
+    """Open the sources of a merge. DDP's prefix is removed from names if other sources do not have it."""
+    sources = [open_source(path, key) for path in paths]
+    wrapped = [source for source in sources if source.is_wrapped]
+    for source in wrapped if len(wrapped) < len(sources) else ():
+        source.unwrap()
+    return sources
 
 
 def is_one_model(contents: Contents) -> bool:
@@ -121,12 +133,16 @@ def is_one_model(contents: Contents) -> bool:
 
 
 def _content_of(contents: Contents, key: str | None) -> str:
-    """Say what is inside of an entry that cannot be opened."""
-    names = [] if key is None else contents.inside(key)
+    """Say what is inside of an entry that cannot be opened. Without a key: why there is nothing to choose from."""
+    if key is None and contents.choices:
+        return ""
+    names = contents.inside(key or TOP_LEVEL)
     if names:
         marked = (f"{name} (optimizer)" if contents.entries[name].has_optimizer else name for name in names)
         return f", which has {', '.join(marked)} inside"
-    return ", which is the state of an optimizer" if key in contents.entries else ""
+    if (key or TOP_LEVEL) not in contents.entries:
+        return ""
+    return ", which is the state of an optimizer" if key else ", which has the state of an optimizer at its top level"
 
 
 def _open_weights(reader: Reader, key: str | None, stored: Mapping[str, str]) -> Source:
@@ -150,44 +166,7 @@ def _open_average(contents: Contents, key: str, only: str | None) -> Source:
         stored = {name: slots_of for name, slots_of in stored.items() if name not in buffers}
     else:
         stored |= buffers
-        stored |= _not_averaged(contents, key, stored, ties)
+        stored |= not_averaged(contents, key, stored, ties)
     for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
         stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
     return Source(reader, key, stored)
-
-
-def _not_averaged(
-    contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]], ties: Mapping[str, list[str]]
-) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that are not averaged (frozen, or not selected). The entry of the model has them.
-
-    Of the names of a tied parameter, the model may have any.
-    """
-    num_others = integers(contents.reader, join(key, "num_others"))[0]
-    first_name = {alias: name for name, aliases in ties.items() for alias in aliases}
-    model: dict[str, tuple[str, ...]] = {
-        first_name.get(name, name): (stored,) for name, stored in _model_beside(contents, key, averaged).items()
-    }
-    others = {name: stored for name, stored in model.items() if name not in averaged}
-    extra_state = {name: stored for name, stored in others.items() if name.endswith("_extra_state")}
-    num_found = len(others) - len(extra_state)
-    if num_found < num_others:
-        raise ValueError(
-            f"an export of {key} needs the {num_others} parameters that are not averaged (frozen, or not selected), got"
-            f" {num_found} of them beside it in {contents.reader.folder}; save the state dict of the model, with its"
-            f" own names, as the entry {MODEL!r} as well, or export from the run"
-        )
-    return others if num_others else extra_state
-
-
-def _model_beside(contents: Contents, key: str, averaged: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the names and keys of the model nearest to an average; {} if none has a name of the average."""
-    while key:
-        key = key.rpartition(".")[0]
-        inside = (entry for entry in contents.inside(key) if _OF_MODEL.fullmatch(entry.rpartition(".")[2]))
-        itself = [key] if key in contents.entries else []
-        found = [contents.weights(entry) for entry in (join(key, MODEL), *inside, *itself)]
-        best = max(found, key=lambda names: len(averaged.keys() & names))
-        if not averaged.keys().isdisjoint(best):
-            return best
-    return {}

@@ -55,6 +55,10 @@ class TorchReader:
                 if key in self._files:
                     raise CheckpointError(f"weights need each tensor once, got {key} again in {file}")
                 self.paths[key], self._files[key] = key_path, file
+                if isinstance(value, Tensor) and value.is_nested:
+                    raise ValueError(
+                        f"reading needs dense tensors, got nested {key} in {file}; save its parts, or none"
+                    )
                 if isinstance(value, Tensor):
                     self._specs[key] = value.shape, value.dtype
         listed = {} if path.is_file() else read_index(path / INDEX)

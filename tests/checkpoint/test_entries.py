@@ -277,3 +277,52 @@ def test_an_average_that_is_the_whole_checkpoint(tmp_path: Path) -> None:
     path = saved(average.state_dict(), tmp_path / "saved")
     assert entries_of(path) == [""]
     assert same_bits(exported(path, tmp_path / "out.safetensors"), average.full_state_dict())
+
+
+# Where the file does not say where dots come from
+
+
+@pytest.mark.parametrize("data", [None, "another kind"], ids=str)
+def test_names_that_all_begin_alike_may_be_in_an_entry_or_not_so_the_key_is_asked_for(
+    tmp_path: Path, data: Any
+) -> None:
+    inside = {"embed_tokens.weight": torch.ones(2), "layers.0.weight": torch.zeros(3)}
+    whole = {f"model.{name}": value for name, value in inside.items()}  # as a Llama with a tied head
+    path = without_paths(saved(whole, tmp_path / "saved"), data)
+    with pytest.raises(ValueError, match=r'got key=None for .*saved; pass one of model, ""$'):
+        checkpoint.export(path, tmp_path / "none")
+    assert same_bits(exported(path, tmp_path / "out.safetensors", ""), whole)
+    assert same_bits(exported(path, tmp_path / "inside.safetensors", "model"), inside)
+
+
+PARTS: dict[str, dict[str, Tensor]] = {
+    "Megatron": {name: torch.ones(2) for name in ("decoder.0.w", "embedding.w", "output_layer.w")},
+    "virtual stages": {"model0.decoder.w": torch.ones(1), "model1.decoder.w": torch.zeros(2)},
+    "one root": {"model.w": torch.ones(1)},
+}
+OTHERS: dict[str, Callable[[Trained], dict[str, Any]]] = {
+    "optimizer": lambda run: {"optimizer": run.optimizer.state_dict()},
+    "chained optimizers": lambda run: {f"chained_{i}": {"optimizer": run.optimizer.state_dict()} for i in range(2)},
+    "average": lambda run: {"swa": run.average},
+}
+
+
+@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.filterwarnings("ignore:.* tensors only; not written")
+def test_the_top_level_is_all_that_is_not_in_an_optimizer_or_an_average(
+    tmp_path: Path, parts: str, others: str
+) -> None:
+    path = without_paths(saved({**PARTS[parts], **OTHERS[others](Trained())}, tmp_path / "saved"))
+    assert same_bits(exported(path, tmp_path / "out.safetensors", ""), PARTS[parts])
+    checkpoint.merge([path, path], tmp_path / "merged.safetensors", key="")
+    assert same_bits(load_file(tmp_path / "merged.safetensors"), PARTS[parts])
+
+
+def test_the_top_level_is_named_where_several_entries_are_in_it(tmp_path: Path) -> None:
+    state = {**PARTS["Megatron"], **OTHERS["optimizer"](Trained())}
+    path = without_paths(saved(state, tmp_path / "saved"))
+    with pytest.raises(
+        ValueError, match=r'got key=None for .*saved; pass one of decoder, embedding, output_layer, ""$'
+    ):
+        checkpoint.export(path, tmp_path / "none")
