@@ -53,6 +53,8 @@ def test_the_first_rank_writes_metrics_with_their_steps(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with train.logger(None) as log:
         log(0, {"weight": 1.0})
+    assert list(tmp_path.iterdir()) == []

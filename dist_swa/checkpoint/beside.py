@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from dist_swa.checkpoint.entries import TRAINER_FOLDER
 from dist_swa.checkpoint.safetensors_io import SUFFIX, created
 from dist_swa.storage.reader import METADATA
 
 _WEIGHTS = (f"model{SUFFIX}", "pytorch_model.bin")  # as from_pretrained names a single file
-_OF_TRAINER = "dist_swa"  # the folder of the average in its checkpoints
 # The names of transformers 5: utils/__init__.py, tokenization_utils_base.py, and VOCAB_FILES_NAMES of its tokenizers.
-# No adapter_config.json: with it, from_pretrained would look for an adapter's weights.
+# Not adapter_config.json: from_pretrained would then need the weights of an adapter.
 _PATTERNS = (
     *("config.json", "generation_config.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
@@ -44,7 +44,7 @@ def files_beside(path: str | Path) -> dict[str, Path]:
     folder from someone else, ``config.json`` may be a link to a private file.
     """
     path = Path(path)
-    is_average = path.resolve().name == _OF_TRAINER and (path / METADATA).exists()
+    is_average = path.resolve().name == TRAINER_FOLDER and (path / METADATA).exists()
     if not (path.is_dir() or path.name in _WEIGHTS):
         return {}
     folder = path.parent if is_average or path.is_file() else path
