@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment  # type: ig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from cases import read
 from dist_swa import SWA
@@ -34,6 +34,7 @@ LIGHTNINGS_OWN_WARNINGS = (
     "Be aware that when using `ckpt_path`",
     "You defined a `validation_step` but have no `val_dataloader`",
     "Starting from v1.9.0, `tensorboardX` has been removed",
+    "Checkpoint directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",
 )
 
@@ -49,7 +50,7 @@ class Module(pl.LightningModule):
 
     def configure_model(self) -> None:
         mesh = getattr(self, "_device_mesh", None)
-        if mesh is not None:
+        if mesh is not None and not isinstance(self.net, FSDPModule):
             fully_shard(self.net[0], mesh=mesh["data_parallel"])
             fully_shard(self.net, mesh=mesh["data_parallel"])
 

@@ -188,6 +188,22 @@ class ShardedAverage:
             self._shards.refresh()
         return {"num_averaged": self.num_averaged, **self._averages.metrics(distance)}
 
+    @property
+    def swapped_names(self) -> set[str]:
+        """The FQNs of the parameters and buffers that `swapped_in` writes."""
+        return {name for shard in [*self._shards.averaged, *self._shards.buffers] for name in shard.names}
+
+    @torch.no_grad()
+    def broadcast_buffers(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Give every rank the first rank's persistent buffers of the average, which are those of a checkpoint.
+
+        A collective of `process_group` (default: all ranks). Without SyncBatchNorm, the ranks have other statistics.
+        Raises RuntimeError inside `swapped_in`.
+        """
+        self.require_trained_weights("broadcast_buffers")
+        if dist.is_initialized():
+            self._averages.broadcast_buffers(process_group)
+
     def averages_statistics(self, layer: str) -> bool:
         """Whether the running mean and variance of the layer with the FQN `layer` are averaged. Local.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.lerp import lerp, plan
@@ -68,6 +69,11 @@ class Averages:
 
     def averaged_buffers(self) -> list[LocalShard]:
         return next(iter(self._states.values())).averaged_buffers()
+
+    def broadcast_buffers(self, process_group: dist.ProcessGroup | None) -> None:
+        for state in self._states.values():
+            for buffer in state.persistent_buffers():
+                dist.broadcast(buffer, group=process_group, group_src=0)
 
     def plain_fingerprints(self, with_others: bool) -> dict[str, int]:
         """Return a hash of each plain parameter's averages and, `with_others`, of those that are not averaged."""

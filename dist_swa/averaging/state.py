@@ -84,6 +84,9 @@ class AverageState:
     def averaged_buffers(self) -> list[LocalShard]:
         return [shard for shard in self._shared_buffers() if shard.name in self._buffer_slots[0]]
 
+    def persistent_buffers(self) -> list[Tensor]:
+        return [self.buffers[shard.name] for shard in self._persistent_buffers()]
+
     def advance(self, weight: float) -> None:
         """Count a model that the slots were moved to, and copy or average its buffers."""
         shared = self._shared_buffers()

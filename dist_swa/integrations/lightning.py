@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from dist_swa import SWA, checkpoint
+from dist_swa import SWA
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
+from dist_swa.integrations.lightning_weights import (
+    KEY,
+    TRAINED,
+    ModuleWeights,
+    entry_in_folder,
+    load_from_folder,
+    load_trained,
+)
+from dist_swa.swa import check_options
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,14 +38,14 @@ try:
         SingleDeviceStrategy,
     )
     from lightning.pytorch.trainer.states import TrainerFn
-    from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError(
         f"dist_swa.integrations.lightning needs lightning, got {error}; pip install 'dist_swa[lightning]'"
     ) from error
 
-_KEY = "dist_swa"  # of the average in a checkpoint
+_STEPS_KEY = f"{KEY}_steps"  # of the number of steps that were counted, in a checkpoint
 
 
 class SWACallback(Callback):
@@ -49,27 +58,32 @@ class SWACallback(Callback):
 
     Checkpoints contain the average, and ``fit(ckpt_path=...)`` resumes it on any number of ranks. All ranks save
     together, as Lightning requires. In a checkpoint folder the average is sharded; a checkpoint in one file costs an
-    all-gather of the average, and its memory on the first rank. The ``state_dict`` of a checkpoint has the trained
-    weights: if a `ModelCheckpoint` monitors a validation of averaged weights, use the average of its best checkpoint.
+    all-gather of the average, and its memory on the first rank.
 
-    A checkpoint that is saved during a validation of averaged weights, for example on a signal from SLURM, ends their
-    evaluation: the rest of that validation uses the trained weights, with a warning. With ``save_weights_only`` such a
-    checkpoint has the averaged weights, because Lightning does not call the callback.
+    Where validation uses the average, the ``state_dict`` of each checkpoint has it, too, with the same buffers. So
+    ``load_from_checkpoint`` and ``test(ckpt_path="best")`` load the model that was monitored. This holds from the first
+    update until ``fit`` ends or `swa_end` is reached, also with ``save_weights_only``. The trained values of what was
+    averaged are in ``checkpoint["dist_swa"]["trained"]`` (in a folder, beside the sharded average), and
+    ``fit(ckpt_path=...)`` goes on from them. Without the callback it would go on from the average. Memory of a save: a
+    copy of the averaged weights of this rank.
 
     With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of a scheduler.
 
     Args:
-        evaluate: the weights that validation uses from `swa_start` on: "averaged" (with the BatchNorm statistics of
-            the last update) or "trained".
+        evaluate: the weights that validations and checkpoints have from `swa_start` on: "averaged" (with the BatchNorm
+            statistics of the last update) or "trained".
+        optimizer: the index of the optimizer whose steps are counted, where ``configure_optimizers`` returns several,
+            as for a GAN. None: the steps of all of them, as ``trainer.global_step`` does.
         finalize_options: options of `recalibrate_batch_norm`, for example ``{"forward": function}`` if the module's
             ``forward`` does not take the first element of a batch.
         options: options of `SWA`. `max_duration` and `steps_per_epoch` default to those of the Trainer. If the number
             of steps per epoch is unknown or changes (manual optimization, loaders without a length, a
             GradientAccumulationScheduler), an epoch counts when it ends, and "dur" is the part of the batches that
-            ``max_epochs`` allows, or of ``max_steps`` if that is larger. Schedules in samples or tokens raise.
+            ``max_epochs`` allows, or of ``max_steps`` if that is larger.
 
-    When ``fit`` starts, raises RuntimeError for a second `SWACallback`, ValueError for any other strategy, and what
-    `SWA` raises.
+    Raises what `SWA` raises for its options, and ValueError for a schedule in samples or tokens. When ``fit`` starts,
+    raises RuntimeError for a second `SWACallback`, ValueError for any other strategy or an `optimizer` that does not
+    exist, and what depends on the model. One callback may be used in several Trainers, one after the other.
 
     Example:
 
@@ -97,18 +111,32 @@ class SWACallback(Callback):
     """
 
     def __init__(
-        self, *, evaluate: str = "averaged", finalize_options: Mapping[str, Any] | None = None, **options: Any
+        self,
+        *,
+        evaluate: str = "averaged",
+        optimizer: int | None = None,
+        finalize_options: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         if evaluate not in ("averaged", "trained"):
             raise ValueError(f"evaluate needs to be 'averaged' or 'trained', got evaluate={evaluate!r}; choose one")
+        if optimizer is not None and (not isinstance(optimizer, int) or isinstance(optimizer, bool) or optimizer < 0):
+            raise ValueError(
+                f"SWACallback needs the index of an optimizer, got {optimizer=}; 0 is the first that"
+                " configure_optimizers returns"
+            )
+        if units := sorted(check_options(options).units & {"sp", "tok"}):
+            raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
         self.swa: SWA | None = None
         self._evaluates_average = evaluate == "averaged"
+        self._optimizer_index = optimizer
         self._finalize_options = dict(finalize_options or {})
         self._options = options
-        self._num_steps = 0
+        self._num_steps = 0  # that were counted, in all fits of a Trainer
         self._estimates_duration = False
-        self._swap, self._is_swapped_in = ExitStack(), False
-        self._saved: Mapping[str, Any] | None = None
+        self._weights: ModuleWeights | None = None
+        self._saved: Mapping[str, Any] | Path | None = None  # the average of a checkpoint, or where it is
+        self._counter: StepCounter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if (num_callbacks := sum(isinstance(one, SWACallback) for one in _callbacks(trainer))) > 1:
@@ -122,32 +150,78 @@ class SWACallback(Callback):
                 f"{type(trainer.strategy).__name__}; use one of {', '.join(one.__name__ for one in supported)}"
             )
         if stage == "fit":
+            self._detach()  # from a fit that raised
             self.swa = self._saved = None
+            self._num_steps = self._num_steps if trainer.global_step else 0
+            self._weights = ModuleWeights(trainer.strategy)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._detach()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get(_KEY)  # loaded in on_train_start, after the model is wrapped
+        if trainer.state.fn != TrainerFn.FITTING:  # the module is meant to have what ``state_dict`` has
+            return
+        saved = checkpoint.get(KEY, Path(str(trainer.ckpt_path)))
+        load_trained(trainer, pl_module, saved)
+        self._num_steps = checkpoint.get(_STEPS_KEY, 0)
+        # What was saved before training started, as by a LearningRateFinder, says nothing about averages.
+        if saved != {} and self.swa is None:
+            self._saved = saved  # loaded in on_train_start, after the model is wrapped
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model, optimizers = cast(nn.Module, trainer.model), trainer.optimizers
-        if self._options.get("schedule_swa_lr") and len(optimizers) != 1:
-            raise ValueError(
-                f"schedule_swa_lr needs one optimizer, got num_optimizers={len(optimizers)}; leave it out and set the"
-                " rates in the module"
-            )
-        optimizer = optimizers[0] if len(optimizers) == 1 else None
+        optimizer = self._choose_optimizer(trainer.optimizers)
         length = _run_length(trainer, pl_module)
-        self.swa = SWA(model, optimizer, **(length | self._options))
+        self.swa = SWA(cast(nn.Module, trainer.model), optimizer, **(length | self._options))
         self._check_forward(pl_module, self.swa)
         # The Trainer ends each epoch. A run that is resumed in a validation takes more steps than it says.
         self.swa.schedule.told |= {"epochs"} | ({"max_duration"} - self._options.keys())
         self._estimates_duration = length["steps_per_epoch"] is None and length.keys().isdisjoint(self._options)
-        self._estimate_duration(trainer)
-        self._num_steps = trainer.global_step
-        position = {"batches": trainer.global_step, "epochs": trainer.current_epoch}
-        if trainer.ckpt_path is None:
-            self.swa.reset(**position)  # a Trainer may have trained before
+        if self._optimizer_index is None:
+            self._num_steps = trainer.global_step
+        self._estimate_duration(trainer, self._num_steps)
+        self._start(self.swa, trainer)
+        self._counter = StepCounter(trainer, None if self._optimizer_index is None else optimizer)
+        if self._evaluates_average:
+            cast(ModuleWeights, self._weights).swa = self.swa
+
+    def _choose_optimizer(self, optimizers: list[Optimizer]) -> Optimizer | None:
+        """Return the optimizer that is counted, or None where there are several."""
+        index, num_optimizers = self._optimizer_index, len(optimizers)
+        if index is not None and index >= num_optimizers:
+            raise ValueError(
+                f"SWACallback needs the index of an optimizer, got optimizer={index} with {num_optimizers=}; 0 is the"
+                " first that configure_optimizers returns"
+            )
+        if index is not None or num_optimizers == 1:
+            return optimizers[index or 0]
+        if self._options.get("schedule_swa_lr"):
+            raise ValueError(
+                f"schedule_swa_lr needs one optimizer, got {num_optimizers=}; leave it out and set the rates in the"
+                " module, or pass SWACallback(optimizer=0)"
+            )
+        if num_optimizers > 1:
+            rank_zero_info(
+                f"SWACallback counts the steps of all {num_optimizers} optimizers, as trainer.global_step does;"
+                " SWACallback(optimizer=0) counts those of the first"
+            )
+        return None
+
+    def _start(self, swa: SWA, trainer: Trainer) -> None:
+        """Load the average and the position in the run, or set the position."""
+        saved, self._saved = self._saved, None
+        position = {"batches": self._num_steps, "epochs": trainer.current_epoch}
+        if isinstance(saved, Path) and not self._num_steps:
+            del position["batches"]  # of one of several optimizers the Trainer does not know it
+        if isinstance(saved, Path) and saved.is_dir():
+            load_from_folder({entry_in_folder(trainer): swa}, saved, position=position)
+        elif isinstance(saved, Path):
+            start = swa.reset_to(position)
+            warnings.warn(f"{saved} has no averaging state: averaging starts anew; {start}", stacklevel=2)
+        elif saved is not None:
+            load_full_state_dict(swa, {key: value for key, value in saved.items() if key != TRAINED})
         else:
-            self._resume(self.swa, Path(str(trainer.ckpt_path)), trainer, position)
+            swa.reset(**position)  # a Trainer may have trained before
 
     def _check_forward(self, pl_module: LightningModule, swa: SWA) -> None:
         has_forward = "forward" in self._finalize_options or is_overridden("forward", pl_module)
@@ -158,44 +232,34 @@ class SWACallback(Callback):
                 stacklevel=3,
             )
 
-    def _resume(self, swa: SWA, path: Path, trainer: Trainer, position: Mapping[str, int]) -> None:
-        if path.is_dir():
-            part = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* was not written by dist_swa.checkpoint")  # Lightning wrote it
-                checkpoint.load({f"{part}.{_KEY}": swa}, path, position=position)
-        elif self._saved is not None:
-            load_full_state_dict(swa, self._saved)
-        else:
-            start = swa.reset_to(position)
-            warnings.warn(f"{path} has no averaging state: averaging starts anew; {start}", stacklevel=2)
-        self._saved = None
-
-    def _estimate_duration(self, trainer: Trainer, later: int = 0, num_steps: int = 1) -> None:
+    def _estimate_duration(self, trainer: Trainer, step: int, later: int = 0, num_steps: int = 1) -> None:
         """Estimate the steps of the run, where the Trainer knows batches or the limit of steps only.
 
-        The estimate holds for the step before the `later` last ones of the `num_steps` of this batch.
+        `step` is the one before the `later` last ones of the `num_steps` of this batch.
         """
-        step = trainer.global_step - later
         num_batches = trainer.num_training_batches * max(0, trainer.max_epochs or 0)
         if not self._estimates_duration or step == 0:
             return
-        done = Fraction(max(0, step), trainer.max_steps) if trainer.max_steps > 0 else Fraction(0)
+        done = Fraction(0)
+        if trainer.max_steps > 0:
+            done = Fraction(max(0, trainer.global_step - later), trainer.max_steps)
         if 0 < num_batches < math.inf:
             batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1 - Fraction(later, num_steps)
             done = max(done, batches / int(num_batches))
         if done > 0:
             cast(SWA, self.swa).schedule.estimate_duration(step, done)
 
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        cast(StepCounter, self._counter).take()  # a save may have made steps that change nothing
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        swa = cast(SWA, self.swa)
-        num_steps = trainer.global_step - self._num_steps  # 0 while gradients accumulate
+        swa, num_steps = cast(SWA, self.swa), cast(StepCounter, self._counter).take()  # 0 while gradients accumulate
         for later in reversed(range(num_steps)):
-            self._estimate_duration(trainer, later, num_steps)
+            self._num_steps += 1
+            self._estimate_duration(trainer, self._num_steps, later, num_steps)
             swa.step()
-        self._num_steps = trainer.global_step
         if swa.schedule.steps_per_epoch is None and trainer.is_last_batch:
-            self._estimate_duration(trainer)
+            self._estimate_duration(trainer, self._num_steps)
             swa.end_epoch()  # before the validation at the end of the epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,38 +275,61 @@ class SWACallback(Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        swa = self.swa if trainer.state.fn == TrainerFn.FITTING else None
-        if swa is not None and self._evaluates_average and swa.started and not swa.completed:
-            self._swap.enter_context(swa.swapped_in())
-            self._is_swapped_in = True
+        if trainer.state.fn == TrainerFn.FITTING:
+            cast(ModuleWeights, self._weights).put_in_model(averaged=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+        if trainer.state.fn == TrainerFn.FITTING:
+            cast(ModuleWeights, self._weights).put_in_model(averaged=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_out()
-
-    def _swap_out(self) -> None:
-        self._swap.close()
-        self._is_swapped_in = False
+        if self._weights is not None:
+            self._weights.put_in_model(averaged=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.swa is None:
+        weights, model = checkpoint["state_dict"], self._weights
+        checkpoint[_STEPS_KEY] = self._num_steps
+        if self.swa is None or model is None:
+            if trainer.state.fn == TrainerFn.FITTING:
+                checkpoint[KEY] = {}
             return
-        if self._is_swapped_in:
-            warnings.warn(
-                "a checkpoint during a validation of averaged weights ends their evaluation: the rest of it uses the"
-                " trained weights",
-                stacklevel=2,
-            )
-            self._swap_out()
-            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
-        weights = checkpoint["state_dict"]
         # ShardedTensor, which FSDP1 may save, has no public name.
-        if any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values()):
-            weights[_KEY] = self.swa.state_dict()  # the part that Lightning writes with torch.distributed.checkpoint
-        else:
-            checkpoint[_KEY] = full_state_dict(self.swa)
+        is_sharded = any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values())
+        trained = model.trained()
+        with model.in_model(averaged=False):
+            state = self.swa.state_dict() if is_sharded else full_state_dict(self.swa)
+        # In a folder, ``state_dict`` is the part that Lightning writes with torch.distributed.checkpoint.
+        (weights if is_sharded else checkpoint)[KEY] = state | ({TRAINED: trained} if trained else {})
+
+    def _detach(self) -> None:
+        if self._weights is not None:
+            self._weights.detach()
+        if self._counter is not None:
+            self._counter.detach()
+
+
+class StepCounter:
+    """Counts the steps of `optimizer`, or of all optimizers of `trainer` if it is None."""
+
+    def __init__(self, trainer: Trainer, optimizer: Optimizer | None) -> None:
+        self._trainer, self._steps, self._taken = trainer, 0, trainer.global_step
+        self._hook = None
+        if optimizer is not None:
+            self._taken = 0
+            self._hook = optimizer.register_step_post_hook(self._note_step)
+
+    def take(self) -> int:
+        """Return the number of steps since the last call."""
+        steps = self._trainer.global_step if self._hook is None else self._steps
+        taken, self._taken = self._taken, steps
+        return steps - taken
+
+    def detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _note_step(self, *args: Any) -> None:
+        self._steps += 1
 
 
 def _run_length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -86,8 +86,7 @@ class Saves(Module):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         if len(self.steps) == STEPS and batch_idx == 0:
-            with pytest.warns(UserWarning, match="ends their evaluation: the rest of it uses the trained weights"):
-                self.trainer.save_checkpoint(self.path)
+            self.trainer.save_checkpoint(self.path)
 
 
 class Resumed(Callback):
@@ -101,15 +100,19 @@ class Resumed(Callback):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @on_ranks(2)
-def test_a_checkpoint_during_a_validation_has_the_trained_weights(strategy: str, tmp_path: Path) -> None:
-    module, resumed = Saves(tmp_path / "saved"), Resumed()
+def test_a_checkpoint_during_a_validation_has_both_weights(strategy: str, tmp_path: Path) -> None:
+    module, resumed, scored = Saves(tmp_path / "saved"), Resumed(), Module()
     fit(module, [SWACallback(**SCHEDULE)], strategy, validate=True)
-    torch.testing.assert_close(module.validated[2], mean_of(module.steps[2:STEPS]))  # after two of the sanity check
-    assert same_bits(module.validated[3], module.steps[STEPS - 1])
+    expected = mean_of(module.steps[2:STEPS])
+    torch.testing.assert_close(module.validated[2], expected)  # after two of the sanity check
+    assert same_bits(module.validated[3], module.validated[2])  # the validation goes on as before
     fit(Module(), [SWACallback(**SCHEDULE), resumed], strategy, resume=tmp_path / "saved")
     assert same_bits(resumed.weights, module.steps[STEPS - 1])
+    with lightnings_own_warnings():
+        trainer([], strategy).validate(scored, loader(STEPS, True), tmp_path / "saved", verbose=False)
+    assert same_bits(scored.validated[0], module.validated[2])
     if dist.get_rank() == 0:
-        torch.testing.assert_close(resumed.average, mean_of(module.steps[2:STEPS], "net."))
+        torch.testing.assert_close(resumed.average, {f"net.{name}": value for name, value in expected.items()})
 
 
 class Shifted(Module):

@@ -6,15 +6,18 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -88,46 +91,69 @@ def test_a_resumed_run_ends_as_a_plain_loop(run_killed: Any, before: str, after:
         torch.testing.assert_close(averages, expected)
 
 
-def start_fsdp1(swa: SWACallback, saved: dict[str, Any] | None = None, path: Path | None = None) -> Any:
+class FSDP1(FSDPStrategy):
+    """Lightning's strategy without the offload to the CPU, which crashes where the model is on the CPU."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        options = StateDictOptions(full_state_dict=self._state_dict_type == "full")
+        return get_model_state_dict(cast(nn.Module, self.model), options=options)
+
+
+def start_fsdp1(swa: SWACallback, strategy: FSDP1, path: Path | None = None) -> Any:
     """Return a stand-in for a Trainer with FSDPStrategy, which refuses the CPU, after the calls that start its fit."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh)
+    strategy.connect(cast(pl.LightningModule, model))
     length = {"num_training_batches": 6, "max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1}
     length["estimated_stepping_batches"] = 6
     it: Any = SimpleNamespace(
         callbacks=[swa],
         model=model,
         optimizers=[sgd(model)],
-        strategy=object.__new__(FSDPStrategy),
+        strategy=strategy,
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
         global_step=0,
         current_epoch=0,
         ckpt_path=path,
         **length,
     )
     swa.setup(it, Module(), "fit")
-    if saved is not None:
+    if path is not None:  # as Lightning loads it
+        saved: dict[str, Any] = {} if path.is_dir() else torch.load(path, weights_only=True)
+        if path.is_dir():
+            weights = {"model": get_model_state_dict(model)}
+            dcp_load(weights, checkpoint_id=path)
+        options = StateDictOptions(full_state_dict=not path.is_dir())
+        set_model_state_dict(model, weights["model"] if path.is_dir() else saved["state_dict"], options=options)
         swa.on_load_checkpoint(it, Module(), saved)
     swa.on_train_start(it, Module())
     return it
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "folder"])
+@pytest.mark.parametrize("state_dict_type", ["full", "sharded"])
 @on_ranks(2)
-def test_fsdp1_attaches_and_resumes(sharded: bool, tmp_path: Path) -> None:
+def test_fsdp1_attaches_and_resumes(state_dict_type: Any, tmp_path: Path) -> None:
     first, again = SWACallback(**SCHEDULE), SWACallback(**SCHEDULE)
-    it = start_fsdp1(first)
+    it = start_fsdp1(first, FSDP1(state_dict_type=state_dict_type))
     for _ in range(3):
         loss_of(it.model, (torch.ones(2, 4) * dist.get_rank(), torch.zeros(2, 4))).backward()
+        first.on_train_batch_start(it)
         it.optimizers[0].step()
         it.global_step += 1
         first.on_train_batch_end(it)
-    saved: dict[str, Any] = {"state_dict": get_model_state_dict(it.model) if sharded else {}}
+    trained = read(it.model)
+    saved = {"state_dict": it.strategy.lightning_module_state_dict()}
     first.on_save_checkpoint(it, Module(), saved)
-    if sharded:  # as Lightning writes it
-        dcp_save({"model": saved.pop("state_dict")}, checkpoint_id=tmp_path / "folder")
-    read_by_all: list[Any] = [saved]
-    dist.broadcast_object_list(read_by_all)
-    start_fsdp1(again, read_by_all[0], tmp_path / ("folder" if sharded else "file"))
+    if state_dict_type == "sharded":
+        dcp_save({"model": saved["state_dict"]}, checkpoint_id=tmp_path / "saved")
+    elif dist.get_rank() == 0:
+        torch.save(saved, tmp_path / "saved")
+    dist.barrier()
+    whole = {key: getattr(saved["state_dict"][key], "full_tensor", saved["state_dict"][key].clone)() for key in trained}
+    averaged = swa_of(first).average.full_state_dict()
+    assert dist.get_rank() > 0 or same_bits(whole, averaged)
+    resumed = start_fsdp1(again, FSDP1(state_dict_type=state_dict_type), tmp_path / "saved")
+    assert same_bits(read(resumed.model), trained)
     assert swa_of(again).num_averaged == 2
     assert same_bits(swa_of(again).average.full_state_dict(), swa_of(first).average.full_state_dict())
 
