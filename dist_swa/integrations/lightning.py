@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +12,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dist_swa import SWA
+from dist_swa import SWA, recalibrate_batch_norm
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.batch_norm.layers import batch_norm_layers
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
+from dist_swa.integrations.lightning_steps import StepCounter, callbacks_of, part_done, run_length
 from dist_swa.integrations.lightning_weights import (
     KEY,
     TRAINED,
@@ -25,11 +25,10 @@ from dist_swa.integrations.lightning_weights import (
     load_from_folder,
     load_trained,
 )
-from dist_swa.swa import check_options
+from dist_swa.swa import check_finalize_options, check_options
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.strategies import (
         DDPStrategy,
         DeepSpeedStrategy,
@@ -70,10 +69,11 @@ class SWACallback(Callback):
     With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of a scheduler.
 
     Args:
-        evaluate: the weights that validations and checkpoints have from `swa_start` on: "averaged" (with the BatchNorm
-            statistics of the last update) or "trained".
+        evaluate: the weights that validations and checkpoints have from `swa_start` on: "averaged" or "trained".
         optimizer: the index of the optimizer whose steps are counted, where ``configure_optimizers`` returns several,
             as for a GAN. None: the steps of all of them, as ``trainer.global_step`` does.
+        recalibrate_on: batches, such as a DataLoader of its own, on which the BatchNorm statistics are recalibrated
+            before each validation of averaged weights. None: validation has the statistics of the last update.
         finalize_options: options of `recalibrate_batch_norm`, for example ``{"forward": function}`` if the module's
             ``forward`` does not take the first element of a batch.
         options: options of `SWA`. `max_duration` and `steps_per_epoch` default to those of the Trainer. If the number
@@ -115,6 +115,7 @@ class SWACallback(Callback):
         *,
         evaluate: str = "averaged",
         optimizer: int | None = None,
+        recalibrate_on: Iterable[Any] | None = None,
         finalize_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -125,12 +126,14 @@ class SWACallback(Callback):
                 f"SWACallback needs the index of an optimizer, got {optimizer=}; 0 is the first that"
                 " configure_optimizers returns"
             )
+        check_finalize_options(finalize_options or {})
         if units := sorted(check_options(options).units & {"sp", "tok"}):
             raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
         self.swa: SWA | None = None
         self._evaluates_average = evaluate == "averaged"
         self._optimizer_index = optimizer
         self._finalize_options = dict(finalize_options or {})
+        self._recalibrate_on = recalibrate_on
         self._options = options
         self._num_steps = 0  # that were counted, in all fits of a Trainer
         self._estimates_duration = False
@@ -139,7 +142,7 @@ class SWACallback(Callback):
         self._counter: StepCounter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if (num_callbacks := sum(isinstance(one, SWACallback) for one in _callbacks(trainer))) > 1:
+        if (num_callbacks := sum(isinstance(one, SWACallback) for one in callbacks_of(trainer))) > 1:
             raise RuntimeError(
                 f"a Trainer needs one SWACallback, got {num_callbacks=}; pass several averages as rule={{...}} of one"
             )
@@ -171,7 +174,7 @@ class SWACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = self._choose_optimizer(trainer.optimizers)
-        length = _run_length(trainer, pl_module)
+        length = run_length(trainer, pl_module)
         self.swa = SWA(cast(nn.Module, trainer.model), optimizer, **(length | self._options))
         self._check_forward(pl_module, self.swa)
         # The Trainer ends each epoch. A run that is resumed in a validation takes more steps than it says.
@@ -179,7 +182,7 @@ class SWACallback(Callback):
         self._estimates_duration = length["steps_per_epoch"] is None and length.keys().isdisjoint(self._options)
         if self._optimizer_index is None:
             self._num_steps = trainer.global_step
-        self._estimate_duration(trainer, self._num_steps)
+        self._estimate_duration(trainer)
         self._start(self.swa, trainer)
         self._counter = StepCounter(trainer, None if self._optimizer_index is None else optimizer)
         if self._evaluates_average:
@@ -211,7 +214,7 @@ class SWACallback(Callback):
         """Load the average and the position in the run, or set the position."""
         saved, self._saved = self._saved, None
         position = {"batches": self._num_steps, "epochs": trainer.current_epoch}
-        if isinstance(saved, Path) and not self._num_steps:
+        if isinstance(saved, Path) and self._optimizer_index is not None and not self._num_steps:
             del position["batches"]  # of one of several optimizers the Trainer does not know it
         if isinstance(saved, Path) and saved.is_dir():
             load_from_folder({entry_in_folder(trainer): swa}, saved, position=position)
@@ -222,6 +225,7 @@ class SWACallback(Callback):
             load_full_state_dict(swa, {key: value for key, value in saved.items() if key != TRAINED})
         else:
             swa.reset(**position)  # a Trainer may have trained before
+        self._num_steps = swa.schedule.now.batches
 
     def _check_forward(self, pl_module: LightningModule, swa: SWA) -> None:
         has_forward = "forward" in self._finalize_options or is_overridden("forward", pl_module)
@@ -232,22 +236,11 @@ class SWACallback(Callback):
                 stacklevel=3,
             )
 
-    def _estimate_duration(self, trainer: Trainer, step: int, later: int = 0, num_steps: int = 1) -> None:
-        """Estimate the steps of the run, where the Trainer knows batches or the limit of steps only.
-
-        `step` is the one before the `later` last ones of the `num_steps` of this batch.
-        """
-        num_batches = trainer.num_training_batches * max(0, trainer.max_epochs or 0)
-        if not self._estimates_duration or step == 0:
-            return
-        done = Fraction(0)
-        if trainer.max_steps > 0:
-            done = Fraction(max(0, trainer.global_step - later), trainer.max_steps)
-        if 0 < num_batches < math.inf:
-            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1 - Fraction(later, num_steps)
-            done = max(done, batches / int(num_batches))
+    def _estimate_duration(self, trainer: Trainer, later: int = 0, num_steps: int = 1) -> None:
+        """Estimate the steps of the run, where the Trainer knows batches or the limit of steps only."""
+        done = part_done(trainer, later, num_steps) if self._estimates_duration and self._num_steps else 0
         if done > 0:
-            cast(SWA, self.swa).schedule.estimate_duration(step, done)
+            cast(SWA, self.swa).schedule.estimate_duration(self._num_steps, done)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         cast(StepCounter, self._counter).take()  # a save may have made steps that change nothing
@@ -256,18 +249,22 @@ class SWACallback(Callback):
         swa, num_steps = cast(SWA, self.swa), cast(StepCounter, self._counter).take()  # 0 while gradients accumulate
         for later in reversed(range(num_steps)):
             self._num_steps += 1
-            self._estimate_duration(trainer, self._num_steps, later, num_steps)
+            self._estimate_duration(trainer, later, num_steps)
             swa.step()
         if swa.schedule.steps_per_epoch is None and trainer.is_last_batch:
-            self._estimate_duration(trainer, self._num_steps)
+            self._estimate_duration(trainer)
             swa.end_epoch()  # before the validation at the end of the epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_batches = trainer.num_training_batches
         options = {"max_batches": int(num_batches) if math.isfinite(num_batches) else None, **self._finalize_options}
         swa = cast(SWA, self.swa)
+        batches = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # of one loader or several
         with trainer.precision_plugin.forward_context():
-            swa.finalize(_batches(trainer, pl_module), **skipping(swa.average.averages_statistics, options))
+            swa.finalize(
+                _prepared((batch for batch, _, _ in batches), trainer, pl_module),
+                **skipping(swa.average.averages_statistics, options),
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.swa is None and trainer.ckpt_path is not None:  # with no step left Lightning calls neither of these
@@ -275,8 +272,15 @@ class SWACallback(Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            cast(ModuleWeights, self._weights).put_in_model(averaged=True)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        weights = cast(ModuleWeights, self._weights)
+        weights.put_in_model(averaged=True)
+        if self.swa is not None and weights.are_averaged and self._recalibrate_on is not None:
+            options = skipping(self.swa.average.averages_statistics, self._finalize_options)
+            with trainer.precision_plugin.forward_context():
+                batches = _prepared(self._recalibrate_on, trainer, pl_module)
+                recalibrate_batch_norm(cast(nn.Module, trainer.model), batches, **options)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -308,56 +312,11 @@ class SWACallback(Callback):
             self._counter.detach()
 
 
-class StepCounter:
-    """Counts the steps of `optimizer`, or of all optimizers of `trainer` if it is None."""
-
-    def __init__(self, trainer: Trainer, optimizer: Optimizer | None) -> None:
-        self._trainer, self._steps, self._taken = trainer, 0, trainer.global_step
-        self._hook = None
-        if optimizer is not None:
-            self._taken = 0
-            self._hook = optimizer.register_step_post_hook(self._note_step)
-
-    def take(self) -> int:
-        """Return the number of steps since the last call."""
-        steps = self._trainer.global_step if self._hook is None else self._steps
-        taken, self._taken = self._taken, steps
-        return steps - taken
-
-    def detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _note_step(self, *args: Any) -> None:
-        self._steps += 1
-
-
-def _run_length(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Return `max_duration`, and `steps_per_epoch` if it is known and the same for all epochs."""
-    num_batches, max_epochs = trainer.num_training_batches, trainer.max_epochs or -1
-    num_steps: float = trainer.max_steps
-    steps_per_epoch = None
-    accumulation_changes = any(isinstance(one, GradientAccumulationScheduler) for one in _callbacks(trainer))
-    if pl_module.automatic_optimization and not accumulation_changes and math.isfinite(num_batches):
-        steps_per_epoch = math.ceil(num_batches / trainer.accumulate_grad_batches)
-        num_steps = trainer.estimated_stepping_batches
-    max_duration = None
-    if 0 < num_steps < math.inf:
-        max_duration = f"{num_steps}ba"
-    elif max_epochs > 0:
-        max_duration = f"{max_epochs}ep"
-    return {"max_duration": max_duration, "steps_per_epoch": steps_per_epoch}
-
-
-def _batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-    """Yield the training batches as ``training_step`` gets them."""
-    for batch, _, _ in CombinedLoader(trainer.train_dataloader, "max_size_cycle"):  # of one loader or several
+def _prepared(batches: Iterable[Any], trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    """Yield `batches` as ``training_step`` gets them."""
+    for batch in batches:
         batch = trainer.precision_plugin.convert_input(batch)
         for owner in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
             if owner is not None:
                 batch = owner.on_before_batch_transfer(batch, 0)
         yield trainer.strategy.batch_to_device(batch)
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -27,10 +27,10 @@ from lightning_run import (
     trainer,
 )
 from models import same_bits
-from ranks import run_on_ranks
-from small_run import loader, loss_of, mean_of
+from ranks import on_ranks, run_on_ranks
+from small_run import loader, loss_of, mean_of, samples, statistics_of
 
-LATE = {"swa_start": "6ba"}  # in the middle of the second epoch
+LATE: dict[str, Any] = {"swa_start": "6ba"}  # in the middle of the second epoch
 
 
 class Scored(Module):
@@ -83,8 +83,8 @@ class Record(Callback):
 
 
 def best_of(folder: Path, **options: Any) -> ModelCheckpoint:
-    options = {"monitor": "val_loss", "mode": "max", "save_top_k": -1, "filename": "{step}"} | options
-    return ModelCheckpoint(folder, **options)
+    defaults: dict[str, Any] = {"monitor": "val_loss", "mode": "max", "save_top_k": -1, "filename": "{step}"}
+    return ModelCheckpoint(folder, **(defaults | options))
 
 
 def train(folder: Path, strategy: str) -> tuple[str, float, list[dict[str, Tensor]]]:
@@ -156,12 +156,13 @@ def test_training_goes_on_from_the_trained_weights(stopped: Any, strategy: str, 
     torch.testing.assert_close(scores, dict.fromkeys(scores, best))
 
 
-SHARED = {"swa_start": "2ba"}
+SHARED: dict[str, Any] = {"swa_start": "2ba"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "equal": {},
     "average of the statistics": {"buffers": "average"},
     "window": {"rule": Window(3)},
     "several": {"rule": {"one": Equal(), "other": EMA(decay=0.8)}, "transfer": "other"},
+    "recalibrated": {"recalibrate_on": loader(3, False)},
     "half precision": {"dtype": torch.bfloat16},
 }
 
@@ -248,3 +249,19 @@ def test_a_checkpoint_after_fit_has_the_averaged_model_only(tmp_path: Path) -> N
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert same_bits({f"net.{name}": value for name, value in module.net.state_dict().items()}, saved["state_dict"])
     assert "trained" not in saved["dist_swa"]
+
+
+@on_ranks(2)
+def test_statistics_are_recalibrated_before_each_validation() -> None:
+    module, seen = Scored(), []
+
+    class Look(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(full(pl_module))
+
+    fit(module, [SWACallback(swa_start="2ba", recalibrate_on=loader(3, True)), Look()], "fsdp2", validate=True)
+    for step, state in zip((4, 8, 12), seen[1:], strict=True):
+        torch.testing.assert_close(state["0.weight"], mean_of(module.steps[1:step])["0.weight"])
+        mean, variance = statistics_of(state, samples(3).tensors[0])
+        torch.testing.assert_close(state["1.running_mean"], mean)
+        torch.testing.assert_close(state["1.running_var"], variance)

@@ -19,7 +19,7 @@ from cases import read
 from dist_swa.integrations.lightning import SWACallback
 from lightning_run import EPOCHS, SCHEDULE, STEPS, Module, Stop, fit, lightnings_own_warnings, swa_of, trainer
 from models import same_bits
-from small_run import loader, loss_of, mean_of, samples, sgd
+from small_run import GLOBAL_BATCH, loader, loss_of, mean_of, samples, sgd
 
 # Several optimizers
 
@@ -33,7 +33,8 @@ class Gan(Module):
         self.made: list[list[dict[str, Tensor]]] = [[], []]  # the weights after the steps of each optimizer
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        generator, discriminator = self.optimizers()  # type: ignore[union-attr, misc]
+        optimizers: Any = self.optimizers()
+        generator, discriminator = optimizers
         for optimizer in [discriminator, discriminator] + [generator] * (batch_idx % 2):
             optimizer.zero_grad()
             self.manual_backward(loss_of(self, batch))
@@ -73,11 +74,10 @@ def test_a_resumed_run_counts_the_steps_of_one_optimizer(tmp_path: Path) -> None
     options: dict[str, Any] = {"optimizer": 0, "swa_start": "0.4dur"}
     module, swa = Gan(), SWACallback(**options)
     fit(module, [swa])
-    with pytest.raises(ZeroDivisionError):
-        stopped = Gan()
+    with lightnings_own_warnings():
         it = trainer([SWACallback(**options), Stop(2 * 10)])
-        with lightnings_own_warnings():
-            it.fit(stopped, loader(STEPS, False))
+        with pytest.raises(ZeroDivisionError):
+            it.fit(Gan(), loader(STEPS, False))
     it.save_checkpoint(tmp_path / "a.ckpt")  # after batch 8, that is 16 + 4 steps
     resumed, again = SWACallback(**options), Gan()
     fit(again, [resumed], resume=tmp_path / "a.ckpt")
@@ -106,9 +106,7 @@ def test_another_optimizer_than_an_index_is_refused(optimizer: Any) -> None:
 
 
 def test_an_optimizer_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="index of an optimizer, got optimizer=2 with num_optimizers=2; 0 is the first"
-    ):
+    with pytest.raises(ValueError, match="an optimizer, got optimizer=2 with num_optimizers=2; 0 is the first"):
         fit(Gan(), [SWACallback(optimizer=2)])
 
 
@@ -129,7 +127,9 @@ class Tunable(Module):
         self.learning_rate, self.batch_size = 0.1, 4
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(samples(4), self.batch_size)
+        return DataLoader(samples(4), batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.net.parameters(), self.learning_rate, momentum=0.9)
@@ -163,7 +163,6 @@ FINDERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(Could not find a|not found|suggestion)")
 @pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS)
 def test_a_finder_before_training_changes_nothing(finder: Any, tmp_path: Path) -> None:
     module, swa = Tunable(), SWACallback(swa_start="2ba")
@@ -201,8 +200,14 @@ def test_a_finder_in_the_middle_of_averaging_restores_the_trained_weights(tmp_pa
 # Several calls and Trainers
 
 
+class Predicts(Module):
+    def predict_step(self, batch: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self(batch[0])
+        return out
+
+
 def test_calls_around_fits_do_not_warn() -> None:
-    module, swa, data = Module(), SWACallback(**SCHEDULE), loader(STEPS, False)
+    module, swa, data = Predicts(), SWACallback(**SCHEDULE), DataLoader(samples(STEPS), batch_size=GLOBAL_BATCH)
     with lightnings_own_warnings():
         it = trainer([swa])
         for _ in range(2):
