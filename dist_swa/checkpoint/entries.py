@@ -18,6 +18,7 @@ from dist_swa.storage.reader import CheckpointError, CheckpointReader
 
 TOP_LEVEL = ""  # the entry of tensors in the saved dict itself, as all of ``dcp.save(model.state_dict())``
 TRAINER_FOLDER = "dist_swa"  # the folder of the average in a trainer's checkpoint, see `dist_swa.integrations`
+TRAINED = "trained"  # below the key of an average: trained weights, which a trainer's adapter saves there
 _OPTIMIZER = re.compile(r"optim(izer)?s?")
 
 
@@ -52,8 +53,11 @@ class Contents:
         averages = _averages_in(reader)
         optimizers = _optimizers_in(self._paths)
         self._regions = {*averages, *optimizers, *_schedules_of(reader, averages)}
+        trained = tuple(f"{join(key, TRAINED)}." for key in averages)
         self._plain = [
-            key for key in reader.keys if self._regions.isdisjoint([TOP_LEVEL, *parents_of(key.split(".")), key])
+            key
+            for key in reader.keys
+            if key.startswith(trained) or self._regions.isdisjoint([TOP_LEVEL, *parents_of(key.split(".")), key])
         ]
         tensors = [key for key in self._plain if reader.shape(key) is not None]
         self._is_uncertain = any(self._paths[key] is None and "." in key for key in tensors)
@@ -116,7 +120,8 @@ class Contents:
     def _entry_of(self, key: str) -> str:
         path = self._paths[key]
         parents = parents_of(path or key.split("."))
-        found = (p for p in parents if not _has_inside(p, self._regions) and (path is None or p in self._dicts))
+        free = (p for p in parents if p not in self._regions and not _has_inside(p, self._regions))
+        found = (p for p in free if path is None or p in self._dicts)
         return next(found, parents[-1] if parents else TOP_LEVEL)
 
 

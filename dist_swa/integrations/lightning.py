@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from dist_swa import SWA, recalibrate_batch_norm
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.batch_norm.layers import batch_norm_layers
+from dist_swa.checkpoint.entries import TRAINED
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
 from dist_swa.integrations.lightning_steps import StepCounter, callbacks_of, part_done, run_length
 from dist_swa.integrations.lightning_weights import (
     KEY,
-    TRAINED,
     ModuleWeights,
     entry_in_folder,
     load_from_folder,
@@ -238,8 +238,7 @@ class SWACallback(Callback):
 
     def _estimate_duration(self, trainer: Trainer, later: int = 0, num_steps: int = 1) -> None:
         """Estimate the steps of the run, where the Trainer knows batches or the limit of steps only."""
-        done = part_done(trainer, later, num_steps) if self._estimates_duration and self._num_steps else 0
-        if done > 0:
+        if self._estimates_duration and self._num_steps and (done := part_done(trainer, later, num_steps)):
             cast(SWA, self.swa).schedule.estimate_duration(self._num_steps, done)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from dist_swa import SWA, checkpoint
+from dist_swa.checkpoint.entries import TRAINED
 from dist_swa.collectives import rank_and_world_size
 from dist_swa.sharding.fqn import clean_name
 
@@ -28,8 +29,7 @@ except ImportError as error:
         f"dist_swa.integrations.lightning needs lightning, got {error}; pip install 'dist_swa[lightning]'"
     ) from error
 
-KEY = "dist_swa"  # of the average in a checkpoint
-TRAINED = "trained"  # below it: the trained values of what the average replaces in ``state_dict``
+KEY = "dist_swa"  # of the average in a checkpoint; below `TRAINED` are the trained values of what it replaces
 
 
 class ModuleWeights:

@@ -251,7 +251,9 @@ def run_lightning(folder: Path, strategy: str) -> Weights:
 )
 def test_a_checkpoint_of_lightning(tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str, key: str) -> None:
     weights = run_on_ranks(run_lightning, 2, tmp_path, strategy)[0]
-    check(tmp_path / "last.ckpt", weights, tmp_path, key="state_dict")
+    check(tmp_path / "last.ckpt", weights, tmp_path, key=f"{key}.trained")
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "last.ckpt")]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[:2] == [key, "Equal()"]
+    checkpoint.export(tmp_path / "last.ckpt", tmp_path / "scored.safetensors", key="state_dict")
+    assert same_bits(load_file(tmp_path / "scored.safetensors"), weights.averaged)
