@@ -252,16 +252,21 @@ def test_a_checkpoint_after_fit_has_the_averaged_model_only(tmp_path: Path) -> N
 
 
 @on_ranks(2)
-def test_statistics_are_recalibrated_before_each_validation() -> None:
-    module, seen = Scored(), []
+def test_statistics_are_recalibrated_before_each_validation_of_the_average() -> None:
+    module, record, seen = Scored(), Record(), []
 
     class Look(Callback):
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             seen.append(full(pl_module))
 
-    fit(module, [SWACallback(swa_start="2ba", recalibrate_on=loader(3, True)), Look()], "fsdp2", validate=True)
-    for step, state in zip((4, 8, 12), seen[1:], strict=True):
-        torch.testing.assert_close(state["0.weight"], mean_of(module.steps[1:step])["0.weight"])
+    swa = SWACallback(recalibrate_on=loader(3, True), **LATE)
+    fit(module, [swa, record, Look()], "fsdp2", validate=True)
+    assert same_bits(seen[1], record.states[STEPS])  # nothing is averaged yet
+    for step, state in zip((8, 12), seen[2:], strict=True):
+        torch.testing.assert_close(state["0.weight"], mean_of(module.steps[5:step])["0.weight"])
         mean, variance = statistics_of(state, samples(3).tensors[0])
         torch.testing.assert_close(state["1.running_mean"], mean)
         torch.testing.assert_close(state["1.running_var"], variance)
+    again = Record()
+    fit(Scored(), [SWACallback(evaluate="trained", **LATE), again], "fsdp2", validate=True)
+    assert all(same_bits(one, other) for one, other in zip(record.states, again.states, strict=True))

@@ -19,6 +19,7 @@ from cases import read
 from dist_swa.integrations.lightning import SWACallback
 from lightning_run import EPOCHS, SCHEDULE, STEPS, Module, Stop, fit, lightnings_own_warnings, swa_of, trainer
 from models import same_bits
+from ranks import on_ranks
 from small_run import GLOBAL_BATCH, loader, loss_of, mean_of, samples, sgd
 
 # Several optimizers
@@ -70,8 +71,9 @@ def test_the_steps_of_one_optimizer_are_counted(optimizer: int, num_steps: int, 
     torch.testing.assert_close(read(module.net), mean_of([record.weights[batch - 1] for batch in batches]))
 
 
-def test_a_resumed_run_counts_the_steps_of_one_optimizer(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"optimizer": 0, "swa_start": "0.4dur"}
+@pytest.mark.parametrize("options", [{"swa_start": "0.4dur"}, {"swa_start": "0.2dur", "swa_end": "0.5dur"}])
+def test_a_resumed_run_counts_the_steps_of_one_optimizer(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"optimizer": 0, **options}
     module, swa = Gan(), SWACallback(**options)
     fit(module, [swa])
     with lightnings_own_warnings():
@@ -82,7 +84,44 @@ def test_a_resumed_run_counts_the_steps_of_one_optimizer(tmp_path: Path) -> None
     resumed, again = SWACallback(**options), Gan()
     fit(again, [resumed], resume=tmp_path / "a.ckpt")
     assert swa_of(resumed).schedule.state_dict() == swa_of(swa).schedule.state_dict()
+    assert swa_of(resumed).num_averaged == swa_of(swa).num_averaged
     assert same_bits(read(again.net), read(module.net))
+
+
+def test_a_second_fit_counts_on_the_steps_of_one_optimizer() -> None:
+    swa, data, module = SWACallback(optimizer=0, swa_start="8ba"), loader(STEPS, False), Gan()
+    it = fit(module, [swa], data=data, max_epochs=4)
+    with lightnings_own_warnings():
+        it.fit_loop.max_epochs = 5
+        it.fit(module, data)
+    assert swa_of(swa).schedule.now.batches == len(module.made[0]) == 10
+    assert swa_of(swa).num_averaged == 2
+
+
+class Stateless(Gan):
+    """Has optimizers without a state, which make a step at a rate of 0 whenever their state is saved."""
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[2:])]
+        for optimizer, made in zip(optimizers, self.made, strict=True):
+            optimizer.register_step_post_hook(lambda *_, made=made: made.append(read(self.net)))
+        return optimizers
+
+
+class SaveEachBatch(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(self.folder / str(trainer.global_step))
+
+
+@on_ranks(2)
+def test_steps_that_a_save_makes_do_not_count(tmp_path: Path) -> None:
+    module, swa = Stateless(), SWACallback(optimizer=0, swa_start="1ba")
+    fit(module, [swa, SaveEachBatch(tmp_path)], "fsdp2")
+    assert len(module.made[0]) > 6
+    assert swa_of(swa).schedule.now.batches == 6
 
 
 def test_what_is_counted_of_several_optimizers_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
