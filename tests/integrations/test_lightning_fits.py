@@ -71,21 +71,24 @@ def test_the_steps_of_one_optimizer_are_counted(optimizer: int, num_steps: int, 
     torch.testing.assert_close(read(module.net), mean_of([record.weights[batch - 1] for batch in batches]))
 
 
-@pytest.mark.parametrize("options", [{"swa_start": "0.4dur"}, {"swa_start": "0.2dur", "swa_end": "0.5dur"}])
-def test_a_resumed_run_counts_the_steps_of_one_optimizer(options: dict[str, Any], tmp_path: Path) -> None:
-    options = {"optimizer": 0, **options}
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("batch", [7, 8])
+@pytest.mark.parametrize("schedule", [{"swa_start": "0.4dur"}, {"swa_start": "0.2dur", "swa_end": "0.5dur"}])
+def test_a_resumed_run_counts_the_steps_of_one_optimizer(schedule: dict[str, Any], batch: int, tmp_path: Path) -> None:
+    options = {"optimizer": 0, **schedule}
     module, swa = Gan(), SWACallback(**options)
     fit(module, [swa])
     with lightnings_own_warnings():
-        it = trainer([SWACallback(**options), Stop(2 * 10)])
+        it = trainer([SWACallback(**options), Stop(2 * batch + batch // 2)])
         with pytest.raises(ZeroDivisionError):
             it.fit(Gan(), loader(STEPS, False))
-    it.save_checkpoint(tmp_path / "a.ckpt")  # after batch 8, that is 16 + 4 steps
+    it.save_checkpoint(tmp_path / "a.ckpt")
     resumed, again = SWACallback(**options), Gan()
     fit(again, [resumed], resume=tmp_path / "a.ckpt")
     assert swa_of(resumed).schedule.state_dict() == swa_of(swa).schedule.state_dict()
     assert swa_of(resumed).num_averaged == swa_of(swa).num_averaged
-    assert same_bits(read(again.net), read(module.net))
+    if batch % STEPS == 0:  # within an epoch, Lightning continues with other data
+        assert same_bits(read(again.net), read(module.net))
 
 
 def test_a_second_fit_counts_on_the_steps_of_one_optimizer() -> None:
@@ -100,6 +103,10 @@ def test_a_second_fit_counts_on_the_steps_of_one_optimizer() -> None:
 
 class Stateless(Gan):
     """Has optimizers without a state, which make a step at a rate of 0 whenever their state is saved."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        super().training_step(batch, batch_idx)
+        self.net.zero_grad()
 
     def configure_optimizers(self) -> Any:
         optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[2:])]
