@@ -42,7 +42,7 @@ def _paths_exist(words: Words) -> None:
 def _script(words: Words) -> None:
     """The script of launch/ can be executed, and bash can parse it."""
     _paths_exist(words)
-    (script,) = (ROOT / word for word in words if word.startswith("launch/") and "." not in word)
+    (script,) = (ROOT / word for word in words if word.startswith("launch/"))
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
 
@@ -100,6 +100,7 @@ LISTED = (
     Listed(r"launch/train\b", "takes minutes; tests/test_example.py runs the example", _example),
     Listed(r"launch/test(-composer)?\b", "runs this test", _script),
     Listed(r"launch/docs\b", "sets up an environment", _script),
+    Listed(r"sbatch\b.* launch/slurm.sh", "needs SLURM; tests/launch/test_slurm.py runs it with stand-ins", _script),
     Listed(r"launch/chaos\b", "takes minutes; tests/harness/test_chaos.py runs a short one", _script),
     Listed(r"(torchrun|accelerate launch|python)\b.* examples/", "takes minutes; tests run the examples", _example),
     Listed(r"(python -m )?pytest\b", "its tests run anyway", _pytest),

@@ -45,24 +45,6 @@ def setup(*ranks: int) -> Callable[[Callable[[Names], Iterator[None]]], Enter]:
     return register
 
 
-@setup()
-def slurm(names: Names) -> Iterator[None]:
-    """A job on one node of two GPUs. Its script writes a file for each rank."""
-    stand_ins = {"srun": 'exec "$@"', "scontrol": "echo localhost"}
-    for name, command in stand_ins.items():
-        Path(name).write_text(f"#!/bin/sh\n{command}\n")
-        Path(name).chmod(0o700)
-    Path("train.py").write_text("import os\nopen(f'rank {os.environ[\"RANK\"]}', 'w')\n")
-    variables = {"JOB_NODELIST": "node[1]", "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7"}
-    os.environ |= {f"SLURM_{name}": value for name, value in variables.items()}
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[f"SLURM_{name}"]
-    assert sorted(map(str, Path().glob("rank *"))) == ["rank 0", "rank 1"]
-
-
 @contextmanager
 def as_by_torchrun() -> Iterator[None]:
     """Leave the process group, for a program that makes its own from the variables that torchrun sets."""
