@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from models import same_bits
+from processes import kill_all, started_with
 from trajectory_run import NUM_STEPS, average_trajectory
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ TIMEOUT_S = 100
 STAND_INS = {
     "srun": """
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
-        trap 'kill -USR1 "${tasks[@]}"; trap "" USR1' USR1
+        trap 'kill -USR1 "${tasks[@]}"' USR1
         status=0
         for task in "${tasks[@]}"; do
             while wait "$task"; [[ -e /proc/$task ]]; do :; done
@@ -39,6 +40,7 @@ class Job:
 
     def __init__(self, folder: Path, nodes: int, ranks_per_node: int) -> None:
         self.folder, self.num_ranks = folder, nodes * ranks_per_node
+        self.variable = f"SLURM_SUBMIT_DIR={folder}"
         for name, script in STAND_INS.items():
             (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
             (folder / name).chmod(0o700)
@@ -46,12 +48,12 @@ class Job:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        job = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": str(nodes)}
+        job = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": str(nodes), "SUBMIT_DIR": str(folder)}
         environment = {f"SLURM_{name}": value for name, value in job.items()}
         environment |= {"SLURM_GPUS_ON_NODE": str(ranks_per_node), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         environment |= {"PATH": f"{folder}:{os.environ['PATH']}"}
         environment |= {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "examples"))}
-        with (folder / "log").open("a") as log:
+        with (folder / "log").open("w") as log:
             self.script = subprocess.Popen(
                 [ROOT / "launch/slurm.sh", ROOT / "tests/trajectory_run.py"],
                 cwd=folder,
@@ -76,28 +78,13 @@ class Job:
         assert (status != 0) == requeued.exists(), self.log
         return requeued.exists() and requeued.read_text() == "requeue 7\n"
 
-    def processes(self) -> list[int]:
-        """Return the processes of this folder's jobs, also ranks whose torchrun has died."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if f"\0PATH={self.folder}:".encode() in b"\0" + path.read_bytes():
-                    found.append(int(path.parent.name))
-        return found
-
     def ranks_import_torch(self) -> bool:
         importing = 0
-        for pid in self.processes():
+        for pid in started_with(self.variable):
             with contextlib.suppress(OSError):
                 proc = Path(f"/proc/{pid}")
                 importing += b"-u\0" in (proc / "cmdline").read_bytes() and "libtorch" in (proc / "maps").read_text()
         return importing == self.num_ranks
-
-    def kill(self) -> None:
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.script.wait()
 
     @property
     def log(self) -> str:
@@ -111,7 +98,8 @@ def job(folder: Path, nodes: int = 1, ranks_per_node: int = 2) -> Iterator[Job]:
     try:
         yield it
     finally:
-        it.kill()
+        kill_all(it.variable)
+        it.script.wait()
 
 
 def test_a_job_that_is_signalled_and_requeued_ends_with_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
@@ -128,6 +116,7 @@ def test_a_job_that_is_signalled_and_requeued_ends_with_the_bits_of_an_uninterru
 
     with job(tmp_path, nodes=2, ranks_per_node=1) as running:
         running.signal_when(lambda: "step-000000012" in steps())
+        running.signal_when(lambda: "closing signal SIGUSR1" in running.log)  # once more, while the ranks end
         assert running.end(), running.log
     stopped = int(steps()[-1].removeprefix("step-"))
     assert 12 <= stopped < NUM_STEPS
