@@ -72,15 +72,6 @@ def readme_loop(names: Names) -> Iterator[None]:
         torch.testing.assert_close(averaged[name], value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-@setup(2, 3)
-def own_loop(names: Names) -> Iterator[None]:
-    is_first_launch = not Path("checkpoints").exists()
-    with as_by_torchrun():
-        yield
-    assert names["done"] == (None if is_first_launch else 80)
-    assert names["swa"].num_averaged == 41  # steps 40 to 80
-
-
 @setup()
 def using(names: Names) -> Iterator[None]:
     for message in (
@@ -140,15 +131,6 @@ def checkpoints(names: Names) -> Iterator[None]:
     yield
     assert {"merged", "deployed", "other", "c.safetensors"} <= set(os.listdir())
     assert load_file("deployed/model.safetensors")["up.weight"].dtype == torch.bfloat16
-
-
-@setup(2)
-def accelerate(names: Names) -> Iterator[None]:
-    with launched():
-        yield
-    assert names["swa"].num_averaged == 7  # steps 14 to 20
-    assert Path("checkpoint/dist_swa").is_dir()
-    assert names["resumed"].num_averaged == 7
 
 
 @setup(2)

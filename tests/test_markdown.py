@@ -47,20 +47,6 @@ def test_a_program_runs_as_it_stands(program: Program, tmp_path: Path, monkeypat
         run_in_setup(program, tmp_path)
 
 
-def test_the_loop_of_ones_own_runs_with_fully_shard_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (program,) = (one for one in HERE if one.test == "own_loop")
-    code = program.code
-    for ddp, fsdp in (
-        ("DistributedDataParallel(model)  #", "fully_shard(model)  #"),
-        ("from torch.nn.parallel import DistributedDataParallel", "from torch.distributed.fsdp import fully_shard"),
-    ):
-        assert ddp in code
-        code = code.replace(ddp, fsdp)
-    for ranks in launches(program):
-        run_on_ranks(run_in_setup, ranks, program._replace(code=code), tmp_path)
-
-
 def launches(program: Program) -> tuple[int, ...]:
     return SETUPS[program.test].ranks if program.test else ()
 
