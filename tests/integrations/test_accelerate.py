@@ -343,7 +343,7 @@ def test_rate_of_the_swa_phase_wins_over_the_scheduler() -> None:
     assert used == pytest.approx([*before, (before[-1] + 0.01) / 2, *[0.01] * (STEPS - START - 1)])
 
 
-README = "tests/integrations/test_accelerate.py::test_the_readme_resumes_on_other_ranks_and_loads_what_was_scored"
+README = "tests/integrations/test_accelerate.py::test_the_readme_resumes_and_loads_what_was_scored"
 
 
 def run_readme(kind: str, folder: Path, epochs: int) -> None:
@@ -369,7 +369,7 @@ def run_readme(kind: str, folder: Path, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
-def test_the_readme_resumes_on_other_ranks_and_loads_what_was_scored(tmp_path: Path, kind: str) -> None:
+def test_the_readme_resumes_and_loads_what_was_scored(tmp_path: Path, kind: str) -> None:
 
     run_on_ranks(run_readme, 2, kind, tmp_path, 3)
     run_on_ranks(run_readme, 3, kind, tmp_path, 4)

@@ -12,7 +12,7 @@ from markdown_blocks import code_for, execute
 from markdown_setups import as_by_torchrun
 from ranks import run_on_ranks
 
-README = "tests/integrations/test_own_loop.py::test_the_readme_resumes_on_other_ranks_and_loads_what_was_scored"
+README = "tests/integrations/test_own_loop.py::test_the_readme_resumes_and_loads_what_was_scored"
 FULLY_SHARD = {
     "DistributedDataParallel(model)  #": "fully_shard(model)  #",
     "from torch.nn.parallel import DistributedDataParallel": "from torch.distributed.fsdp import fully_shard",
@@ -41,6 +41,6 @@ def run_readme(folder: Path, replaced: dict[str, str], epochs: int) -> None:
 
 
 @pytest.mark.parametrize("replaced", [{}, FULLY_SHARD], ids=["DDP", "fully_shard"])
-def test_the_readme_resumes_on_other_ranks_and_loads_what_was_scored(tmp_path: Path, replaced: dict[str, str]) -> None:
+def test_the_readme_resumes_and_loads_what_was_scored(tmp_path: Path, replaced: dict[str, str]) -> None:
     run_on_ranks(run_readme, 2, tmp_path, replaced, 3)
     run_on_ranks(run_readme, 3, tmp_path, replaced, 4)
