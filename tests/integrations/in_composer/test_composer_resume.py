@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Event
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -114,10 +115,11 @@ def test_a_loaded_checkpoint_is_evaluated_as_the_run_that_saved_it_and_then_resu
     arguments: dict[str, Any] = {"swa_start": "1ep", "swa_end": None, "update_interval": "1ba", "evaluate": evaluate}
     data = loader(STEPS, False)
     plain, before = Model(with_norm=True), SWA(**arguments)
-    trainer(plain, [before], eval_dataloader=data, save_folder=str(tmp_path)).fit()
-    path = str(tmp_path / f"ep2-ba{2 * STEPS}-rank0.pt")
+    save = Record(lambda: it.save_checkpoint(str(tmp_path / "ep{epoch}.pt")), Event.EPOCH_CHECKPOINT)
+    it = trainer(plain, [before], save, eval_dataloader=data)
+    it.fit()
     model = Model(with_norm=True)
-    resumed = trainer(model, [SWA(**arguments)], load_path=path, eval_dataloader=data)
+    resumed = trainer(model, [SWA(**arguments)], load_path=str(tmp_path / "ep2.pt"), eval_dataloader=data)
     for _ in range(2):
         resumed.eval()
         assert same_bits(model.evaluated[-1], plain.evaluated[2 * STEPS - 1])
