@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 from dist_swa import SWA, recalibrate_batch_norm  # dist_swa: the controller, and the BatchNorm pass
 from dist_swa.checkpoint import CheckpointFolder  # dist_swa: a killed save leaves the older checkpoints intact
+from stop_request import StopRequest
 
 Data = tuple[Tensor, Tensor]  # images, labels
 
@@ -111,17 +113,21 @@ class Run(NamedTuple):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    epoch: Tensor  # the number of completed epochs
     history: Tensor  # accuracy and NLL for each epoch and each of ROWS; NaN before averaging starts
     swa: SWA  # dist_swa: the average and the position in the schedule
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "epoch": self.epoch, "history": self.history}
+        state = {"model": model, "optimizer": optimizer, "history": self.history}
         return state | {"swa": self.swa}  # dist_swa: loads on any number of ranks
 
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps made."""
+        return self.swa.schedule.now.batches
+
     def save(self, folder: CheckpointFolder) -> None:
-        folder.save(int(self.epoch) * STEPS_PER_EPOCH, self.state_dict())
+        folder.save(self.step, self.state_dict())
 
     def resume(self, folder: CheckpointFolder) -> None:
         """Load the latest checkpoint, if there is one."""
@@ -140,17 +146,24 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # dist_swa: each rank averages its own shard of the weights, after every step from swa_start to the end
     swa = SWA(model, max_duration=f"{num_steps}ba", steps_per_epoch=STEPS_PER_EPOCH, swa_start=args.swa_start)
     history = torch.full((args.epochs, len(ROWS), 2), torch.nan)
-    run = Run(model, optimizer, torch.tensor(0), history, swa)
+    run = Run(model, optimizer, history, swa)
     folder = CheckpointFolder(args.checkpoint_dir) if args.checkpoint_dir else None
+    stop = StopRequest(device) if folder else None  # SIGUSR1: save and end
     if folder:
         run.resume(folder)
 
-    is_first, done = dist.get_rank() == 0, int(run.epoch)
+    is_first, done, saved = dist.get_rank() == 0, run.step, run.step
     stack = ExitStack()
-    bar = stack.enter_context(tqdm(total=num_steps, initial=done * STEPS_PER_EPOCH, unit="step", disable=not is_first))
+    bar = stack.enter_context(tqdm(total=num_steps, initial=done, unit="step", disable=not is_first))
     log = stack.enter_context(logger(args.tensorboard))
-    for epoch in range(done, args.epochs):
-        for images, labels in load_batches(train_data, args.seed, epoch, device):
+    for epoch in range(done // STEPS_PER_EPOCH, args.epochs):
+        made = run.step - epoch * STEPS_PER_EPOCH  # in this epoch, before the run was resumed
+        for images, labels in islice(load_batches(train_data, args.seed, epoch, device), made, None):
+            if folder and stop and stop.is_agreed():
+                if run.step > saved:
+                    run.save(folder)
+                stack.close()
+                return
             # The wrappers average gradients over ranks; this scale makes them the mean over the global batch.
             loss = F.cross_entropy(model(images), labels, reduction="sum") * dist.get_world_size() / GLOBAL_BATCH
             loss.backward()
@@ -170,9 +183,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             (epoch + 1) * STEPS_PER_EPOCH,
             {"accuracy": float(history[epoch, 0, 0]), **swa.metrics(distance=swa.started)},
         )
-        run.epoch.add_(1)
         if folder and (epoch + 1) % args.checkpoint_every == 0:
             run.save(folder)
+            saved = run.step
     stack.close()
 
     # dist_swa: copies the average into the model and recalibrates BatchNorm

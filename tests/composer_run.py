@@ -73,10 +73,7 @@ class Status(NamedTuple):
 
 def trainer(model: Model, algorithms: Sequence[Any], *callbacks: Any, **options: Any) -> Trainer:
     """Return a Trainer on all ranks, or of one process."""
-    if dist.is_initialized():  # as Composer's launcher sets them
-        os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-        os.environ |= {f"LOCAL_{name}": os.environ[name] for name in ("RANK", "WORLD_SIZE")}
-        os.environ["NODE_RANK"] = "0"
+    as_by_launcher()
     defaults: dict[str, Any] = {
         "device": "cpu",
         "max_duration": f"{EPOCHS}ep",
@@ -86,6 +83,14 @@ def trainer(model: Model, algorithms: Sequence[Any], *callbacks: Any, **options:
         "auto_log_hparams": False,
     }
     return Trainer(model=model, algorithms=algorithms, callbacks=callbacks, **(defaults | options))
+
+
+def as_by_launcher() -> None:
+    """On a rank, set the variables that Composer's launcher sets."""
+    if dist.is_initialized():
+        os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+        os.environ |= {f"LOCAL_{name}": os.environ[name] for name in ("RANK", "WORLD_SIZE")}
+        os.environ["NODE_RANK"] = "0"
 
 
 def composers_own(*args: Any, **options: Any) -> Any:

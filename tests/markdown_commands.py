@@ -42,15 +42,16 @@ def _paths_exist(words: Words) -> None:
 def _script(words: Words) -> None:
     """The script of launch/ can be executed, and bash can parse it."""
     _paths_exist(words)
-    (script,) = (ROOT / word for word in words if word.startswith("launch/") and "." not in word)
+    (script,) = (ROOT / word for word in words if word.startswith("launch/"))
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
 
 
 def _example(words: Words) -> None:
-    """The example has the options that follow it."""
+    """The script has the options that follow it."""
     _paths_exist(words)
-    (place,) = (i for i, word in enumerate(words) if word.startswith("examples/") or word == "launch/train")
+    scripts = r"examples/|launch/(train$|ray_train\.py)"
+    (place,) = (i for i, word in enumerate(words) if re.match(scripts, word))
     script = "examples/train.py" if words[place] == "launch/train" else words[place]
     subprocess.run(
         [sys.executable, "launch/options.py", script, *words[place + 1 :]], check=True, cwd=ROOT, capture_output=True
@@ -100,8 +101,11 @@ LISTED = (
     Listed(r"launch/train\b", "takes minutes; tests/test_example.py runs the example", _example),
     Listed(r"launch/test(-composer)?\b", "runs this test", _script),
     Listed(r"launch/docs\b", "sets up an environment", _script),
+    Listed(r"sbatch\b.* launch/slurm.sh", "needs SLURM; tests/launch/test_slurm.py runs it with stand-ins", _script),
     Listed(r"launch/chaos\b", "takes minutes; tests/harness/test_chaos.py runs a short one", _script),
-    Listed(r"(torchrun|accelerate launch|python)\b.* examples/", "takes minutes; tests run the examples", _example),
+    Listed(
+        r"(torchrun|accelerate launch|python)\b.* (examples|launch)/", "takes minutes; tests run the scripts", _example
+    ),
     Listed(r"(python -m )?pytest\b", "its tests run anyway", _pytest),
     Listed(r"python tests/benchmarks/", "takes minutes, and prints figures of an idle machine", _benchmark),
     Listed(r"pip install\b", "would change the environment of the tests", _pip),

@@ -45,24 +45,6 @@ def setup(*ranks: int) -> Callable[[Callable[[Names], Iterator[None]]], Enter]:
     return register
 
 
-@setup()
-def slurm(names: Names) -> Iterator[None]:
-    """A job on one node of two GPUs. Its script writes a file for each rank."""
-    stand_ins = {"srun": 'exec "$@"', "scontrol": "echo localhost"}
-    for name, command in stand_ins.items():
-        Path(name).write_text(f"#!/bin/sh\n{command}\n")
-        Path(name).chmod(0o700)
-    Path("train.py").write_text("import os\nopen(f'rank {os.environ[\"RANK\"]}', 'w')\n")
-    variables = {"JOB_NODELIST": "node[1]", "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7"}
-    os.environ |= {f"SLURM_{name}": value for name, value in variables.items()}
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[f"SLURM_{name}"]
-    assert sorted(map(str, Path().glob("rank *"))) == ["rank 0", "rank 1"]
-
-
 @contextmanager
 def as_by_torchrun() -> Iterator[None]:
     """Leave the process group, for a program that makes its own from the variables that torchrun sets."""
@@ -88,15 +70,6 @@ def readme_loop(names: Names) -> Iterator[None]:
     assert averaged.keys() == model.keys()
     for name, value in model.items():
         torch.testing.assert_close(averaged[name], value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-@setup(2, 3)
-def own_loop(names: Names) -> Iterator[None]:
-    is_first_launch = not Path("checkpoints").exists()
-    with as_by_torchrun():
-        yield
-    assert names["done"] == (None if is_first_launch else 80)
-    assert names["swa"].num_averaged == 41  # steps 40 to 80
 
 
 @setup()
@@ -158,15 +131,6 @@ def checkpoints(names: Names) -> Iterator[None]:
     yield
     assert {"merged", "deployed", "other", "c.safetensors"} <= set(os.listdir())
     assert load_file("deployed/model.safetensors")["up.weight"].dtype == torch.bfloat16
-
-
-@setup(2)
-def accelerate(names: Names) -> Iterator[None]:
-    with launched():
-        yield
-    assert names["swa"].num_averaged == 7  # steps 14 to 20
-    assert Path("checkpoint/dist_swa").is_dir()
-    assert names["resumed"].num_averaged == 7
 
 
 @setup(2)

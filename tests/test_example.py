@@ -4,31 +4,37 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from matplotlib.image import imread
 from torch.nn import functional as F
 
 import train as example
+from models import same_bits
+from ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = str(ROOT / "examples" / "train.py")
 EPOCHS = 5
+OPTIONS = [f"--epochs={EPOCHS}", "--swa-start=0.3dur"]
+OPTIONS += ["--json=table.json", "--save=weights.pt", "--plot=plots/accuracy.png"]
 ROWS = ["last iterate", "averaged, stale BatchNorm", "averaged, recalibrated"]
 
 
 def start(folder: Path, *options: str, ranks: int | None = 2) -> subprocess.Popen[str]:
     """Start the example in `folder`; without `ranks`, as a plain Python program."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    outputs = ["--json=table.json", "--save=weights.pt", "--plot=plots/accuracy.png"]
     return subprocess.Popen(
-        [sys.executable, *torchrun, EXAMPLE, f"--epochs={EPOCHS}", "--swa-start=0.3dur", *outputs, *options],
+        [sys.executable, *torchrun, EXAMPLE, *OPTIONS, *options],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -50,6 +56,12 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def written(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     return json.loads((folder / "table.json").read_text()), torch.load(folder / "weights.pt")
+
+
+def assert_same_results(folder: Path, expected_folder: Path) -> None:
+    (results, weights), (expected_results, expected_weights) = written(folder), written(expected_folder)
+    assert json.dumps(results) == json.dumps(expected_results)  # as text, since NaN is not equal to NaN
+    assert same_bits(weights, expected_weights)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +86,34 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "checkpoints/step-000000056", folder / "checkpoints/.step-000000999.partial")
     (folder / "checkpoints/.step-000000999.partial/.metadata").unlink()
     return folder
+
+
+def run_until_a_signal(folder: Path, step: int | None) -> str:
+    """Run the example, in which rank 1 alone gets SIGUSR1 after `step`. Return the name of the newest checkpoint."""
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *OPTIONS, "--checkpoint-dir=checkpoints"])
+        load_batches = example.load_batches
+
+        def interrupted(train: Any, seed: int, epoch: int, device: torch.device) -> Iterator[example.Data]:
+            for i, batch in enumerate(load_batches(train, seed, epoch, device), start=epoch * example.STEPS_PER_EPOCH):
+                if i == step and dist.get_rank() == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield batch
+
+        patch.setattr(example, "load_batches", interrupted)
+        example.train(example.parse_args(), torch.device("cpu"))
+    return max(path.name for path in Path("checkpoints").glob("step-*"))
+
+
+def test_a_signal_on_one_rank_ends_all_with_a_checkpoint_from_which_the_bits_are_the_same(
+    uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    for step in (70, 84):  # in the middle of an epoch, and before its first step
+        assert run_on_ranks(run_until_a_signal, 2, tmp_path, step) == 2 * [f"step-{step:09}"]
+        assert not (tmp_path / "table.json").exists()
+    run_on_ranks(run_until_a_signal, 2, tmp_path, None)
+    assert_same_results(tmp_path, uninterrupted[0])
 
 
 def test_prints_the_table_and_draws_the_picture(uninterrupted: tuple[Path, str]) -> None:
@@ -101,10 +141,7 @@ def test_the_saved_model_has_the_accuracy_of_the_last_row(uninterrupted: tuple[P
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted: tuple[Path, str], ended: Path, tmp_path: Path) -> None:
     shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
     finish(start(tmp_path, "--checkpoint-dir=checkpoints"))
-    (results, weights), (expected_results, expected_weights) = written(tmp_path), written(uninterrupted[0])
-    assert json.dumps(results) == json.dumps(expected_results)  # as text, since NaN is not equal to NaN
-    assert weights.keys() == expected_weights.keys()
-    assert [name for name in weights if not torch.equal(weights[name], expected_weights[name])] == []
+    assert_same_results(tmp_path, uninterrupted[0])
 
 
 @pytest.mark.parametrize(("ranks", "wrapper"), [(None, "ddp"), (3, "hsdp")])

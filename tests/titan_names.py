@@ -74,6 +74,12 @@ class TitanTrainer(Stateful):
         self.step = int(state_dict["step"])
 
 
+@torch.no_grad()
+def evaluate(model: nn.Module) -> float:
+    batch = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    return float(model(batch).square().mean())
+
+
 def titan_names(resume: str | None) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -82,4 +88,4 @@ def titan_names(resume: str | None) -> dict[str, Any]:
     optimizers = Optimizers(model)
     trainer = TitanTrainer(model, optimizers)
     names: dict[str, Any] = {"ModelWrapper": ModelWrapper, "model": model, "optimizers": optimizers, "trainer": trainer}
-    return names | {"steps": 10, "resume": resume}
+    return names | {"steps": 10, "resume": resume, "evaluate": evaluate}

@@ -1,4 +1,4 @@
-"""Average given weights and save every four steps: a run for tests/chaos.py to kill, on any number of ranks."""
+"""Average given weights and save every four steps: a run to kill or to stop with SIGUSR1, on any number of ranks."""
 
 import time
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_swa import EMA, SWA, Polynomial, ShardedAverage
 from dist_swa.checkpoint import CheckpointFolder
 from models import build, trajectory, wrap, write
+from stop_request import StopRequest
 
 NUM_STEPS = 120
 
@@ -22,8 +23,14 @@ def average_trajectory(result: Path, checkpoints: Path | None = None) -> None:
     ema = ShardedAverage(model, EMA(decay=0.9))
     state: dict[str, Any] = {"swa": swa, "ema": ema}
     folder = CheckpointFolder(checkpoints, keep=2) if checkpoints else None
-    done = folder.load_latest(state) or 0 if folder else 0
-    for step, values in enumerate(trajectory(NUM_STEPS, build())[done:], start=done + 1):
+    stop = StopRequest(torch.device("cpu")) if folder else None
+    saved = folder.load_latest(state) or 0 if folder else 0
+    for step, values in enumerate(trajectory(NUM_STEPS, build())[saved:], start=saved + 1):
+        if folder and stop and stop.is_agreed():
+            folder.wait()
+            if step - 1 > max(folder.steps(), default=0):
+                folder.save(step - 1, state)
+            return
         write(model, values)
         swa.step()
         ema.update()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch.distributed as dist
+
 import dist_swa
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
@@ -27,7 +29,7 @@ class SWA(Algorithm):  # type: ignore[misc]
 
     Arguments, defaults and updates are those of ``composer.algorithms.SWA``. In addition, times may have any unit,
     `swa_lr` is used as given, the average is split over the ranks, and it resumes on any number of them. The `swa`
-    attribute is the `dist_swa.SWA`, from the start of ``fit`` on.
+    attribute is the `dist_swa.SWA`, from the start of ``fit`` on, or from an evaluation of a loaded checkpoint.
 
     At `swa_end` the model gets the averaged weights, and training continues from them. If `swa_end` is None, or a
     fraction of a run that ends early, the model gets them at the end of ``fit``. BatchNorm statistics are recalibrated
@@ -40,8 +42,9 @@ class SWA(Algorithm):  # type: ignore[misc]
     `anneal_steps` updates. Without it, `swa_lr` is ignored, with a warning.
 
     Args:
-        evaluate: the weights that evaluation uses between `swa_start` and `swa_end`: "averaged" (with the BatchNorm
-            statistics of the last update) or "trained", as in ``composer.algorithms.SWA``.
+        evaluate: the weights that evaluation uses between `swa_start` and `swa_end`, also of a checkpoint that was
+            loaded: "averaged" (with the BatchNorm statistics of the last update on the first rank) or "trained", as in
+            ``composer.algorithms.SWA``. A checkpoint has the trained weights as its model.
         finalize_options: options of `recalibrate_batch_norm`, for example ``{"max_batches": 100}``. Transforms of a
             ``DataSpec`` are not applied to the batches; pass a ``forward`` that applies them.
         options: further options of `dist_swa.SWA`, for example `rule`.
@@ -130,11 +133,11 @@ class SWA(Algorithm):  # type: ignore[misc]
         self._handlers[event](state)
 
     def state_dict(self) -> dict[str, Any]:
-        saved = self._saved if self.swa is None else full_state_dict(self.swa)
+        saved = self._saved if self.swa is None or self._saved else full_state_dict(self.swa)
         return {**super().state_dict(), "is_recalibrated": self._is_recalibrated, _KEY: saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved = state.get(_KEY)  # loaded at FIT_START, after the model is wrapped
+        self._saved = state.get(_KEY)  # loaded at FIT_START, after the model is wrapped, or to be evaluated before
         self._is_recalibrated = state.get("is_recalibrated", False)
 
     def _init(self, state: State) -> None:
@@ -146,7 +149,7 @@ class SWA(Algorithm):  # type: ignore[misc]
 
     def _fit_start(self, state: State) -> None:
         self._swap.close()  # after an evaluation that raised
-        if self.swa is None:
+        if self.swa is None or self._saved:
             self.swa = self._attach(state)
         else:
             self.swa.schedule.reopen_if_not_over()  # the previous fit may have ended before swa_end
@@ -180,9 +183,20 @@ class SWA(Algorithm):  # type: ignore[misc]
         self._recalibrate_once(state)
 
     def _eval_start(self, state: State) -> None:
-        swa = self.swa  # None in an evaluation before fit
+        if self.swa is None and self._saved:
+            self.swa = self._load_to_evaluate(state, self._saved)
+        swa = self.swa  # None in an evaluation before fit without a checkpoint
         if swa is not None and self._evaluates_average and swa.started and not swa.completed:
             self._swap.enter_context(swa.swapped_in())
+            _use_buffers_of_first_rank(state)
+
+    def _load_to_evaluate(self, state: State, saved: Mapping[str, Any]) -> dist_swa.SWA:
+        """Return the average of a checkpoint that no fit has resumed. The Trainer may have no duration or optimizer."""
+        schedule = {"swa_start": "0ba", "swa_end": None, "update_interval": "1ba", "schedule_swa_lr": False}
+        swa = dist_swa.SWA(state.model, **(self._options | schedule | {"swa_lr": None}))
+        load_full_state_dict(swa, saved)
+        swa.schedule.completed = bool(saved["schedule"]["completed"])  # the model has the average, or trains on from it
+        return swa
 
     def _eval_end(self, state: State) -> None:
         self._swap.close()
@@ -214,6 +228,13 @@ class SWA(Algorithm):  # type: ignore[misc]
     def _attached(self) -> dist_swa.SWA:
         assert self.swa is not None  # since FIT_START
         return self.swa
+
+
+def _use_buffers_of_first_rank(state: State) -> None:
+    """Without DDP's broadcast, as Composer evaluates, each rank has other ones. A checkpoint has those of the first."""
+    if dist.is_initialized():
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def _batches(state: State) -> Iterator[Any]:

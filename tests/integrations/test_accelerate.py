@@ -15,15 +15,18 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from accelerate_on_cpu import enter_fsdp, launched
-from dist_swa import SWA, recalibrate_batch_norm
+from dist_swa import SWA, checkpoint, recalibrate_batch_norm
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
+from markdown_blocks import code_for, execute
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
 from small_run import full_tensors, mean
@@ -338,6 +341,38 @@ def test_rate_of_the_swa_phase_wins_over_the_scheduler() -> None:
     # accelerate steps a scheduler once a process.
     before = [1 / (1 + 2 * step) for step in range(START)]
     assert used == pytest.approx([*before, (before[-1] + 0.01) / 2, *[0.01] * (STEPS - START - 1)])
+
+
+README = "tests/integrations/test_accelerate.py::test_the_readme_resumes_and_loads_what_was_scored"
+
+
+def run_readme(kind: str, folder: Path, epochs: int) -> None:
+    """Run the program of the guide up to a number of epochs, and check that it loads what it scored."""
+    os.chdir(folder)
+    enter_fsdp()
+    code, loop = code_for(README), "now.epochs, EPOCHS)"
+    assert loop in code
+    names: dict[str, Any] = {}
+    with accelerated(kind):
+        AcceleratorState._reset_state(reset_partial_state=True)  # the program makes its own Accelerator
+        execute(code.replace(loop, f"now.epochs, {epochs})"), "dist_swa/integrations/README.md", names)
+        model, swa, best = names["model"], names["swa"], names["best"]
+        assert isinstance(model, WRAPPERS[kind[:5]])
+        assert (swa.schedule.now.epochs, swa.num_averaged) == (epochs, 10 * epochs - 11)  # from step 12 on
+        assert names["evaluate"]() == pytest.approx(best.loss, rel=1e-6)
+        checkpoint.export("checkpoint", f"exported-{epochs}")
+        for folder_of_weights, scored in (("best", best.loss), (f"exported-{epochs}", names["loss"])):
+            plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
+            plain.load_state_dict(load_file(f"{folder_of_weights}/model.safetensors"))
+            found = plain(names["held_out"]) - names["held_out"].sum(1, keepdim=True)
+            assert found.square().mean().item() == pytest.approx(scored, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_the_readme_resumes_and_loads_what_was_scored(tmp_path: Path, kind: str) -> None:
+
+    run_on_ranks(run_readme, 2, kind, tmp_path, 3)
+    run_on_ranks(run_readme, 3, kind, tmp_path, 4)
 
 
 def run_example(folder: Path, *launch: str) -> list[str]:

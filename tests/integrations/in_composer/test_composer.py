@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +22,6 @@ from cases import read
 from composer_run import EPOCHS, STEPS, Model, Record, Status, composers_own, status_of, swa_of, trainer
 from dist_swa import EMA
 from dist_swa.integrations.composer import SWA
-from markdown_blocks import code_for, execute
 from models import same_bits
 from small_run import loader, sgd
 
@@ -134,13 +132,6 @@ def test_several_fits_are_composers() -> None:
     assert seen[0][1] == seen[1][1] == (2, False)
     assert seen[0][3] == seen[1][3] == (3, True)
     close(seen[0], seen[1])
-
-
-def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    execute(code_for("tests/integrations/in_composer/test_composer.py::test_the_readme_runs"), "README.md", names)
-    assert status_of(names["swa"])[:2] == (2, True)
 
 
 # swa_start, swa_end, update_interval, and the batches after which it updates; a batch has 8 samples and 5 tokens

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composer import Event
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import read
-from composer_run import EPOCHS, STEPS, AfterBatch, Model, Record, composers_own, swa_of, trainer
+from composer_run import EPOCHS, STEPS, AfterBatch, Model, Record, as_by_launcher, composers_own, swa_of, trainer
 from dist_swa import EMA, Equal, Window
 from dist_swa.integrations.composer import SWA
+from markdown_blocks import code_for, execute
 from models import same_bits
 from ranks import run_on_ranks
-from small_run import averages_of, mean_of, network, plain_loop
+from small_run import averages_of, loader, mean_of, network, plain_loop
 
 SEVERAL: dict[str, Any] = {
     "swa_start": "0.3dur",  # of four epochs: two have ended
@@ -101,3 +106,63 @@ def test_a_run_continues_its_average_after_its_end(resumed: bool, tmp_path: Path
         trainer(model, [swa], max_duration="2ep", load_path=path).fit()
     assert (swa_of(swa).num_averaged, swa_of(swa).completed) == (2 * STEPS, True)
     torch.testing.assert_close(read(model.net), mean_of([weights for _, weights in record.entries]))
+
+
+@pytest.mark.parametrize("evaluate", ["averaged", "trained"])
+def test_a_loaded_checkpoint_is_evaluated_as_the_run_that_saved_it_and_then_resumes(
+    evaluate: str, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"swa_start": "1ep", "swa_end": None, "update_interval": "1ba", "evaluate": evaluate}
+    data = loader(STEPS, False)
+    plain, before = Model(with_norm=True), SWA(**arguments)
+    save = Record(lambda: it.save_checkpoint(str(tmp_path / "ep{epoch}.pt")), Event.EPOCH_CHECKPOINT)
+    it = trainer(plain, [before], save, eval_dataloader=data)
+    it.fit()
+    model = Model(with_norm=True)
+    resumed = trainer(model, [SWA(**arguments)], load_path=str(tmp_path / "ep2.pt"), eval_dataloader=data)
+    for _ in range(2):
+        resumed.eval()
+        assert same_bits(model.evaluated[-1], plain.evaluated[2 * STEPS - 1])
+    assert resumed.save_checkpoint(str(tmp_path / "again.pt"))
+    resumed.fit()
+    assert same_bits(model.net.state_dict(), plain.net.state_dict())
+
+
+def test_a_checkpoint_from_after_swa_end_is_evaluated_with_the_weights_that_train(tmp_path: Path) -> None:
+    arguments = ("2ba", "9ba", "1ba")
+    before = trainer(Model(), [SWA(*arguments)], max_duration="2ep")
+    before.fit()
+    path = before.save_checkpoint(str(tmp_path / "last.pt"))
+    model = Model()
+    trainer(model, [SWA(*arguments)], max_duration=None, load_path=path, eval_dataloader=loader(STEPS, False)).eval()
+    assert same_bits(model.evaluated[-1], read(before.state.model.net))
+
+
+README = "tests/integrations/in_composer/test_composer_resume.py::test_the_readme_resumes_and_loads_what_was_scored"
+
+
+def run_readme(folder: Path, length: str) -> None:
+    """Run the program of the guide, or its first epochs, and check that it loads what it scored."""
+    os.chdir(folder)
+    as_by_launcher()
+    warnings.filterwarnings("ignore", "The current world size")  # Composer's: the checkpoint has other random states
+    names: dict[str, Any] = {}
+    code, fit = code_for(README), "trainer.fit()"
+    assert fit in code
+    code = code.replace(fit, f"assert trainer.state.timestamp.epoch == {3 if length == '4ep' else 0}\n{fit}")
+    execute(code.replace('"4ep"', repr(length)), "dist_swa/integrations/README.md", names)
+    chosen, best = names["chosen"].state.eval_metrics["eval"]["loss"].compute().item(), names["best"].loss
+    assert chosen == pytest.approx(best, rel=1e-6)
+    model = names["Model"]()
+    model.load_state_dict(load_file("averaged/model.safetensors"))
+    torch.manual_seed(0)
+    held_out = [torch.randn(192, 4), torch.randn(48, 4)][1]
+    assert model.loss(model.eval()(held_out), held_out).item() == pytest.approx(best, rel=1e-6)
+    trained = torch.load("best/best.pt", weights_only=False)["state"]["model"]
+    assert not same_bits(trained, model.state_dict())
+    shutil.rmtree("averaged", ignore_errors=True)
+
+
+def test_the_readme_resumes_and_loads_what_was_scored(tmp_path: Path) -> None:
+    run_on_ranks(run_readme, 2, tmp_path, "3ep")
+    run_on_ranks(run_readme, 3, tmp_path, "4ep")
