@@ -157,7 +157,7 @@ PRIVATE: dict[str, dict[str, int]] = {
     },
     "sharding.model": {"_save_to_state_dict": 2},
     "sharding.shard": {"_dtensor_spec": 2, "_local_tensor": 1},
-    "sharding.wrappers": {"_buffers": 2, "_orig_mod": 1},
+    "sharding.wrappers": {"_buffers": 2, "_forward_module": 1, "_orig_mod": 1},
     "storage.metadata": {
         "_MEM_FORMAT_ENCODING": 1,
         "_StorageInfo": 3,
