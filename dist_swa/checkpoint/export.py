@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
-from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.adapter import open_adapter
+from dist_swa.checkpoint.beside import ADAPTER_FILES, copy_beside, copy_beside_adapter
 from dist_swa.checkpoint.cast import check_dtype, checked_cast, has_nan
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
@@ -104,9 +105,11 @@ def _export_stored(
     path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, only: str | None, progress: bool
 ) -> None:
     with raise_on_all():
-        source = open_source(path, key, only)
+        average = open_source(path, key, only)
+        adapter = None if only is None or out.suffix == SUFFIX else open_adapter(path, average)
+        source = adapter or average
         specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
-        files = files_of(specs, out)
+        files = files_of(specs, out, ADAPTER_FILES[0] if adapter else None)
         _warn_of_skipped(source.skipped)
     having_nan: list[str] = []
 
@@ -117,7 +120,9 @@ def _export_stored(
 
     with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
-        if out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
+        if adapter and rank_and_world_size(None)[0] == 0:
+            copy_beside_adapter(path, adapter.folder, partial)
+        elif out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
             copy_beside(path, partial, dtype)
     _warn_of_nan(having_nan, None)
 
