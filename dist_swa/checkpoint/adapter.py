@@ -40,14 +40,16 @@ def open_adapter(path: str | Path, source: Source) -> Adapter | None:
     folders = adapter_folders(path)
     files = {name: open_reader(_file_in(folder)) for name, folder in folders.items()}
     names = {name: _names_of(name, file, source) for name, file in files.items()}
-    averaged = [name for name, known in names.items() if any(key != other for key, other in known.items())]
     if not files:
         return None
+    # Biases have the names of the model in each file; the names of other parameters have that of their adapter.
+    averaged = [name for name, known in names.items() if any(key != other for key, other in known.items())]
+    averaged = averaged or list(files)
     if len(averaged) > 1:
         raise ValueError(
             f"an adapter folder needs one averaged adapter, got {', '.join(averaged)} in {source.path}; {_REMEDY}"
         )
-    adapter = averaged[0] if averaged else next(iter(files))
+    (adapter,) = averaged
     if missing := source.names_besides(names[adapter].values()):
         raise ValueError(
             f"an adapter folder needs each averaged parameter in the file of PEFT, got none of {missing[0]} in"

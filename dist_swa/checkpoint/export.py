@@ -56,7 +56,8 @@ def export(
             ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
             folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
             are copied into the folder: configurations, tokenizer, processor, chat templates. A ``config.json`` gets
-            `dtype`. With `only`, nothing is copied: from_pretrained would start the other parameters at random.
+            `dtype`. With `only`, nothing is copied unless PEFT saved an adapter: from_pretrained would start the other
+            parameters at random.
         key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
             "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
             the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
@@ -65,7 +66,9 @@ def export(
         dtype: of all floating tensors, buffers included. Default: the dtype of the average for parameters, their own
             for others. Complex tensors keep theirs.
         only: "averaged" writes the averaged parameters only, as of a LoRA adapter. Quantised weights that are not
-            averaged need it, unless safetensors can hold what their module's ``state_dict()`` has.
+            averaged need it, unless safetensors can hold what their module's ``state_dict()`` has. Where PEFT saved an
+            adapter beside the average (``adapter_config.json``), a folder `out` becomes an adapter that
+            ``PeftModel.from_pretrained`` opens, in one file; a file `out` keeps the names of the model.
         progress: whether the first rank shows a progress bar.
 
     Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
@@ -73,9 +76,10 @@ def export(
     needs twice the model while it is written. All ranks must see one file system.
 
     Raises ValueError if the key is ambiguous or has an optimizer inside (the message lists the keys), a parameter that
-    is not averaged is missing, safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first
-    update; FileExistsError; OSError if the disk is full or read-only; CheckpointError if a file is damaged or asks to
-    run code. Every rank raises the same error, and `out` is not created. NaN in the output warns.
+    is not averaged is missing, an adapter is not the only one or has no place for an averaged parameter, safetensors
+    cannot hold one, or a value overflows `dtype`; RuntimeError before the first update; FileExistsError; OSError if the
+    disk is full or read-only; CheckpointError if a file is damaged or asks to run code. Every rank raises the same
+    error, and `out` is not created. NaN in the output warns.
 
     Example:
 

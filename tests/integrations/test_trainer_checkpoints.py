@@ -1,6 +1,7 @@
 """The checkpoints that trainers write: export, merge and inspect take the average in them."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -92,12 +94,12 @@ def run_transformers(folder: Path, is_tied: bool, frozen: str, dtype: torch.dtyp
     sizes |= {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": is_tied}
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config(**sizes))
-    return train_transformers(model.to(dtype), folder, frozen)
-
-
-def train_transformers(model: nn.Module, folder: Path, frozen: str) -> Weights:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
+    return train_transformers(model.to(dtype), folder)
+
+
+def train_transformers(model: nn.Module, folder: Path) -> Weights:
     texts = torch.randint(16, (8, 8), generator=torch.Generator().manual_seed(1))
     arguments: dict[str, Any] = {"max_steps": STEPS, "save_steps": STEPS, "per_device_train_batch_size": 4}
     arguments |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 0.03}
@@ -129,7 +131,7 @@ class Scored(nn.Module):
 
 def run_scored(folder: Path) -> Weights:
     torch.manual_seed(0)
-    return train_transformers(Scored(), folder, "middle")
+    return train_transformers(Scored(), folder)
 
 
 def test_a_checkpoint_of_transformers_with_batch_norm(tmp_path: Path) -> None:
@@ -199,6 +201,36 @@ def test_inspect_shows_the_average_and_the_trained_weights(tmp_path: Path, capsy
     assert lines[2][:4] == ["swa", "Equal()", str(STEPS), str(STEPS)]
     assert lines[3][0] == "model"
     assert len(lines) == 4
+
+
+def with_lora() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    return get_peft_model(model, LoraConfig(target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True))
+
+
+PEFTS_OWN_WARNING = "`is_gradient_checkpointing` is deprecated"
+
+
+def run_lora(folder: Path) -> Weights:
+    warnings.filterwarnings("ignore", PEFTS_OWN_WARNING)
+    return train_transformers(with_lora(), folder)
+
+
+@pytest.mark.filterwarnings(f"ignore:{PEFTS_OWN_WARNING}")
+def test_a_checkpoint_of_transformers_with_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (weights,) = run_on_ranks(run_lora, 1, tmp_path / "run")
+    path, given, expected = tmp_path / "run" / f"checkpoint-{STEPS}", torch.arange(8)[None], with_lora().eval()
+    trained = expected(given).logits
+    expected.load_state_dict(weights.averaged)
+    capfd.readouterr()
+    assert main(["export", str(path), str(tmp_path / "whole")]) == 1
+    assert "--only averaged" in capfd.readouterr().err
+    assert main(["export", str(path), str(tmp_path / "out"), "--only", "averaged", "--quiet"]) == 0
+    opened = PeftModel.from_pretrained(with_lora().unload(), str(tmp_path / "out"))
+    assert torch.equal(opened(given).logits, expected(given).logits)
+    assert not torch.equal(opened(given).logits, trained)
 
 
 # accelerate
