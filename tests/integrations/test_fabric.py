@@ -78,6 +78,42 @@ def test_names_are_those_of_the_bare_model(strategy: str, compiled: bool) -> Non
     assert [*average.state_dict()["slots"]["0"]] == [*bare.state_dict()["slots"]["0"]]
 
 
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, given: Tensor) -> Tensor:
+        out: Tensor = self.inner(given)
+        return out
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+@on_ranks(2)
+def test_names_of_a_module_of_fabric_inside_of_a_model(strategy: str) -> None:
+    model = Outer(set_up(strategy))
+    average = ShardedAverage(model)
+    average.update()
+    recalibrate_batch_norm(model, [torch.randn(8, 4)], skip="inner.norm")
+    slots = average.state_dict()["slots"]["0"]
+    assert [*slots] == [f"inner.{name}" for name in ShardedAverage(build()).state_dict()["slots"]["0"]]
+    if full := average.full_state_dict():
+        Outer(build()).load_state_dict(full)
+
+
+def test_the_learning_rate_of_an_optimizer_of_fabric() -> None:
+    fabric, model = fabric_of("single"), nn.Linear(2, 1)
+    module, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    options: dict[str, Any] = {"schedule_swa_lr": True, "swa_lr": 0.01, "anneal_steps": 2}
+    swa, rates = SWA(module, optimizer, swa_start="2ba", max_duration="6ba", **options), list[float]()
+    for _ in range(6):
+        fabric.backward(module(torch.ones(3, 2)).sum())
+        optimizer.step()
+        swa.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.055, 0.01, 0.01, 0.01, 0.01])
+
+
 @every_strategy
 @on_ranks(2)
 def test_an_average_equals_that_of_the_bare_model(strategy: str) -> None:
