@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dist_swa import EMA, SWA, checkpoint
+from dist_swa import EMA, SWA, Equal, checkpoint
 from dist_swa.__main__ import main
 from models import same_bits
 
@@ -53,9 +53,9 @@ def base() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
 
 
-def train(model: PeftModel) -> SWA:
+def train(model: PeftModel, **options: Any) -> SWA:
     """Average three models, then change the trained weights further."""
-    swa = SWA(model, swa_start="0ba", rule=EMA(decay=0.5))
+    swa = SWA(model, swa_start="0ba", **({"rule": EMA(decay=0.5)} | options))
     torch.manual_seed(2)
     for step in range(4):
         with torch.no_grad():
@@ -150,15 +150,16 @@ def test_statistics_in_modules_to_save_are_those_of_the_average(tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["bin", "folder of the average", "bfloat16", "named average"])
 def test_sources_and_options(tmp_path: Path, kind: str) -> None:
     model = get_peft_model(base(), KINDS["dora"]())
-    swa = train(model)
+    is_named = kind == "named average"
+    swa = train(model, rule={"mean": Equal(), "ema": EMA(decay=0.5)}, transfer="ema") if is_named else train(model)
     folder, options = save(model, swa, tmp_path / "checkpoint-3"), dict[str, Any]()
     if kind == "bin":
         torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
         (folder / "adapter_model.safetensors").unlink()
     elif kind == "bfloat16":
         options["dtype"] = torch.bfloat16
-    elif kind == "named average":
-        options["key"] = "swa"
+    elif is_named:
+        options["key"] = "swa.ema"
     source = folder / "dist_swa" if kind == "folder of the average" else folder
     checkpoint.export(source, tmp_path / "out", only="averaged", **options)
     if kind == "bfloat16":
