@@ -126,7 +126,13 @@ PRIVATE: dict[str, dict[str, int]] = {
         "_parameters": 2,
         "_version": 2,
     },
-    "sharding.fqn": {"_checkpoint_wrapped_module": 1, "_fsdp_wrapped_module": 1, "_orig_mod": 1},
+    "sharding.fqn": {
+        "_checkpoint_wrapped_module": 1,
+        "_forward_module": 1,
+        "_fsdp_wrapped_module": 1,
+        "_orig_mod": 1,
+        "_original_module": 1,
+    },
     "sharding.fsdp1": {
         "_common_utils": 2,
         "_flat_param": 1,
@@ -157,7 +163,7 @@ PRIVATE: dict[str, dict[str, int]] = {
     },
     "sharding.model": {"_save_to_state_dict": 2},
     "sharding.shard": {"_dtensor_spec": 2, "_local_tensor": 1},
-    "sharding.wrappers": {"_buffers": 2, "_orig_mod": 1},
+    "sharding.wrappers": {"_buffers": 2, "_forward_module": 1, "_orig_mod": 1},
     "storage.metadata": {
         "_MEM_FORMAT_ENCODING": 1,
         "_StorageInfo": 3,

@@ -13,7 +13,7 @@ from torch import nn
 from dist_swa.averaging.averaged_model import AveragedModel
 from dist_swa.averaging.averages import Averages, named_rules
 from dist_swa.averaging.buffers import buffer_filter
-from dist_swa.averaging.checks import check_counts, check_equal, check_ranks, check_storage
+from dist_swa.averaging.checks import check_counts, check_equal, check_keeps_all_ranks, check_ranks, check_storage
 from dist_swa.averaging.rules import Elapsed, Equal, Rule
 from dist_swa.averaging.state import AverageState
 from dist_swa.sharding.fqn import NamePattern, clean_name
@@ -253,9 +253,11 @@ class ShardedAverage:
 
         Call it on every rank, or let dcp.save and dcp.load call it. A parameter is a DTensor of its whole shape; the
         keys are listed in `dist_swa.checkpoint`. Under FSDP1 it makes copies, and this and `load_state_dict` make one
-        all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the model has the averaged weights.
+        all-reduce per parameter. Raises RuntimeError inside `swapped_in`, where the model has the averaged weights, and
+        where a saver that keeps the first rank's part only, as ``fabric.save``, calls it for a sharded average.
         """
         self.require_trained_weights("state_dict")
+        self._require_whole_checkpoint()
         self._refresh()
         return self._averages.state_dict()
 
@@ -270,6 +272,7 @@ class ShardedAverage:
         have is ignored, and one that `state_dict` does not have gets the model's current value.
         """
         self.require_trained_weights("load_state_dict")
+        self._require_whole_checkpoint()
         self._refresh()
         self._averages.load_state_dict(state_dict)
 
@@ -315,6 +318,10 @@ class ShardedAverage:
     def _refresh(self) -> None:
         self._shards.refresh()
         self._averages.select_before_first_update()
+
+    def _require_whole_checkpoint(self) -> None:
+        if any(shard.layout is not None for shard in self._shards.averaged):
+            check_keeps_all_ranks()
 
     def _require_average(self, action: str) -> None:
         if self.num_averaged == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ import torch
 import torch.distributed as dist
 
 from dist_swa.collectives import all_gather
+
+# They keep the state of the first rank only: fabric.save and load, and register_for_checkpointing.
+_SAVE_FIRST_RANK = ("lightning.fabric.", "lightning_fabric.", "accelerate.")
+# SWA calls ShardedAverage, and torch.no_grad stands in between.
+_BETWEEN = ("dist_swa.swa", "dist_swa.averaging.", "torch.utils._contextlib")
 
 
 def check_counts(
@@ -60,3 +66,20 @@ def check_storage(dtype: Any, device: Any) -> None:
         raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
     if device is not None and torch.device(device).type == "meta":
         raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
+
+
+def check_keeps_all_ranks() -> None:
+    """Raise RuntimeError where a saver calls `state_dict` or `load_state_dict` that keeps one rank's state. Local.
+
+    Nothing in the calls themselves tells such savers from torch.distributed.checkpoint.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        frame = frame.f_back
+    caller = "" if frame is None else frame.f_globals.get("__name__", "")
+    if caller.startswith(_SAVE_FIRST_RANK):
+        raise RuntimeError(
+            f"a sharded average needs a checkpoint of every rank, got {caller=}, which keeps the first rank's part"
+            " only; leave the average out there, and call dist_swa.checkpoint.save({'swa': swa}, path) and"
+            " checkpoint.load on every rank"
+        )

@@ -35,6 +35,7 @@ from dist_swa.sharding.wrappers import (
     find_fsdp_modules,
     preserve_broadcast_flags,
     reshard,
+    runnable,
     unwrap,
 )
 
@@ -127,8 +128,9 @@ def recalibrate_batch_norm(
         return
     total, hidden = min(filter(None, lengths), default=None), not (progress and ranks.is_first())
     bar = tqdm(desc="recalibrating BatchNorm", unit="batch", total=total, disable=hidden)
-    with bar, torch.no_grad(), _evaluation(module, collectors):
-        run = partial(_run, module, forward or default_forward, collectors, bar)
+    runs = runnable(model)
+    with bar, torch.no_grad(), _evaluation(runs, collectors):
+        run = partial(_run, runs, forward or default_forward, collectors, bar)
         unordered = _run_passes(
             collectors, lambda: islice(prepare(batches, forward, ranks.device), max_batches), run, layerwise, ranks
         )

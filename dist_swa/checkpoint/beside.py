@@ -1,10 +1,11 @@
-"""The files beside weights that transformers reads: configurations, tokenizers, processors and chat templates."""
+"""The files beside weights that transformers and PEFT read: configurations, tokenizers, processors, chat templates."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from dist_swa.checkpoint.entries import TRAINER_FOLDER
 from dist_swa.checkpoint.safetensors_io import SUFFIX, created
 from dist_swa.storage.reader import METADATA
 
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", (f"adapter_model{SUFFIX}", "adapter_model.bin")
+_DEFAULT_ADAPTER = "default"  # lies in the folder itself; PEFT saves others in folders of their names
 _WEIGHTS = (f"model{SUFFIX}", "pytorch_model.bin")  # as from_pretrained names a single file
 # The names of transformers 5: utils/__init__.py, tokenization_utils_base.py, and VOCAB_FILES_NAMES of its tokenizers.
 # Not adapter_config.json: from_pretrained would then need the weights of an adapter.
-_PATTERNS = (
-    *("config.json", "generation_config.json"),
+_OF_MODEL = ("config.json", "generation_config.json")
+_OF_INPUTS = (
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     "audio_tokenizer_config.json",
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
@@ -33,7 +36,15 @@ _PATTERNS = (
 )
 
 
-def files_beside(path: str | Path) -> dict[str, Path]:
+def adapter_folders(path: str | Path) -> dict[str, Path]:
+    """Return the folders of the adapters that PEFT saved in the checkpoint at `path`, by the names of the adapters."""
+    folder = _folder_of(Path(path))
+    found = {_DEFAULT_ADAPTER: folder} if (folder / ADAPTER_CONFIG).exists() else {}
+    found |= {config.parent.name: config.parent for config in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
+    return {name: place for name, place in found.items() if any((place / file).exists() for file in ADAPTER_FILES)}
+
+
+def files_beside(path: str | Path, patterns: Sequence[str] = (*_OF_MODEL, *_OF_INPUTS)) -> dict[str, Path]:
     """Return the files beside the weights at `path` by their names in the folder. Links to files are files.
 
     `path` is a folder with weights, the folder "dist_swa" in a checkpoint of the Trainer, or a file with a name that
@@ -44,11 +55,10 @@ def files_beside(path: str | Path) -> dict[str, Path]:
     folder from someone else, ``config.json`` may be a link to a private file.
     """
     path = Path(path)
-    is_average = path.resolve().name == TRAINER_FOLDER and (path / METADATA).exists()
     if not (path.is_dir() or path.name in _WEIGHTS):
         return {}
-    folder = path.parent if is_average or path.is_file() else path
-    files = [file for pattern in _PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
+    folder = _folder_of(path)
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
     found = {file.relative_to(folder).as_posix(): file for file in files}
     home = folder.resolve()
     allowed = {home, home.parent / "blobs", home.parent.parent / "blobs"}
@@ -64,13 +74,28 @@ def files_beside(path: str | Path) -> dict[str, Path]:
 
 def copy_beside(path: str | Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Copy the files beside the weights at `path` to `folder`; ``config.json`` gets `dtype` if it is given. Local."""
-    for name, source in files_beside(path).items():
+    _copy(files_beside(path), folder, dtype)
+
+
+def copy_beside_adapter(path: str | Path, adapter: Path, folder: Path) -> None:
+    """Copy what belongs to the adapter in the folder `adapter` of the checkpoint at `path`. Local."""
+    _copy(files_beside(adapter, [ADAPTER_CONFIG]) | files_beside(path, _OF_INPUTS), folder, None)
+
+
+def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
+    for name, source in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         with source.open("rb") as file, created(folder / name) as copy:
             if dtype is not None and name == "config.json":
                 copy.write(_in_dtype(file.read(), dtype))
             else:
                 shutil.copyfileobj(file, copy)
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of the weights at `path`: of the average in a trainer's checkpoint, the folder around it."""
+    is_average = path.resolve().name == TRAINER_FOLDER and (path / METADATA).exists()
+    return path.parent if is_average or path.is_file() else path
 
 
 def _in_dtype(config: bytes, dtype: torch.dtype) -> bytes:

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
-from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.adapter import open_adapter
+from dist_swa.checkpoint.beside import ADAPTER_FILES, copy_beside, copy_beside_adapter
 from dist_swa.checkpoint.cast import check_dtype, checked_cast, has_nan
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
@@ -55,7 +56,8 @@ def export(
             ``model.safetensors``, or above 5 GB several files and ``model.safetensors.index.json``. From a Hugging Face
             folder (or its ``model.safetensors``) or a checkpoint of the Trainer, the files that from_pretrained reads
             are copied into the folder: configurations, tokenizer, processor, chat templates. A ``config.json`` gets
-            `dtype`. With `only`, nothing is copied: from_pretrained would start the other parameters at random.
+            `dtype`. With `only`, nothing is copied unless PEFT saved an adapter: from_pretrained would start the other
+            parameters at random.
         key: the name of one of several live averages. Of a path the entry, such as "swa", "swa.ema_long", "model" or
             "app.model", or a prefix of several; default: the only average, or without one the only entry that is not
             the state of an optimizer. "" is the top level, as of ``dcp.save(model.state_dict())``; if it has no
@@ -64,7 +66,9 @@ def export(
         dtype: of all floating tensors, buffers included. Default: the dtype of the average for parameters, their own
             for others. Complex tensors keep theirs.
         only: "averaged" writes the averaged parameters only, as of a LoRA adapter. Quantised weights that are not
-            averaged need it, unless safetensors can hold what their module's ``state_dict()`` has.
+            averaged need it, unless safetensors can hold what their module's ``state_dict()`` has. Where PEFT saved an
+            adapter beside the average (``adapter_config.json``), a folder `out` becomes an adapter that
+            ``PeftModel.from_pretrained`` opens, in one file; a file `out` keeps the names of the model.
         progress: whether the first rank shows a progress bar.
 
     Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
@@ -72,9 +76,10 @@ def export(
     needs twice the model while it is written. All ranks must see one file system.
 
     Raises ValueError if the key is ambiguous or has an optimizer inside (the message lists the keys), a parameter that
-    is not averaged is missing, safetensors cannot hold one, or a value overflows `dtype`; RuntimeError before the first
-    update; FileExistsError; OSError if the disk is full or read-only; CheckpointError if a file is damaged or asks to
-    run code. Every rank raises the same error, and `out` is not created. NaN in the output warns.
+    is not averaged is missing, an adapter is not the only one or has no place for an averaged parameter, safetensors
+    cannot hold one, or a value overflows `dtype`; RuntimeError before the first update; FileExistsError; OSError if the
+    disk is full or read-only; CheckpointError if a file is damaged or asks to run code. Every rank raises the same
+    error, and `out` is not created. NaN in the output warns.
 
     Example:
 
@@ -104,9 +109,11 @@ def _export_stored(
     path: str | Path, out: Path, key: str | None, dtype: torch.dtype | None, only: str | None, progress: bool
 ) -> None:
     with raise_on_all():
-        source = open_source(path, key, only)
+        average = open_source(path, key, only)
+        adapter = None if only is None or out.suffix == SUFFIX else open_adapter(path, average)
+        source = adapter or average
         specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
-        files = files_of(specs, out)
+        files = files_of(specs, out, ADAPTER_FILES[0] if adapter else None)
         _warn_of_skipped(source.skipped)
     having_nan: list[str] = []
 
@@ -117,7 +124,9 @@ def _export_stored(
 
     with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
-        if out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
+        if adapter and rank_and_world_size(None)[0] == 0:
+            copy_beside_adapter(path, adapter.folder, partial)
+        elif out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
             copy_beside(path, partial, dtype)
     _warn_of_nan(having_nan, None)
 

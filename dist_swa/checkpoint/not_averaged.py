@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from dist_swa.checkpoint.beside import adapter_folders
 from dist_swa.checkpoint.entries import TRAINER_FOLDER, Contents, integers
 from dist_swa.checkpoint.keys import Reader, bits, join, parents_of, spec_of
 
@@ -40,6 +41,11 @@ def not_averaged(
         raise ValueError(
             f"{what} from one model, got {' and '.join(fitting)} in {contents.reader.folder}, which have the names of"
             " the average, but not the same values; export from the run, or pass only='averaged'"
+        )
+    if adapter_folders(contents.reader.folder):
+        raise ValueError(
+            f"{what}, got adapters only beside it in {contents.reader.folder}; pass only='averaged' (--only averaged),"
+            " which writes the averaged adapter"
         )
     none: list[str] = []
     found = max(parameters.values(), key=len, default=none)

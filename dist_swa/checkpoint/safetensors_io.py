@@ -140,13 +140,14 @@ def write_safetensors(
             file.write(json.dumps(index, indent=2).encode())
 
 
-def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]:
-    """Split tensors into files of at most 5 GB; a single file if `out` is a file.
+def files_of(specs: Mapping[str, Spec], out: Path, name: str | None = None) -> dict[str, dict[str, Spec]]:
+    """Split tensors into files of at most 5 GB; a single file if `out` is a file, or one of `name`.
 
     In a file, tensors with larger elements come first, so that all are aligned. Raises ValueError for a dtype or a
     name that safetensors lack.
     """
     # huggingface_hub splits in the same way, but an HTTP client is too large a dependency for this loop.
+    is_single = name is not None or out.suffix == SUFFIX
     parts: list[dict[str, Spec]] = [{}]
     num_bytes = 0
     for key, spec in sorted(specs.items()):
@@ -154,14 +155,14 @@ def files_of(specs: Mapping[str, Spec], out: Path) -> dict[str, dict[str, Spec]]
             raise ValueError(f"safetensors need names of UTF-8 other than {_METADATA}, got {key!r}; rename the tensor")
         if spec.dtype not in _NAMES:
             raise ValueError(f"safetensors need {', '.join(_DTYPES)}, got {key}={spec}; leave it out of the checkpoint")
-        if out.suffix != SUFFIX and parts[-1] and num_bytes + spec.num_bytes > _MAX_FILE_BYTES:
+        if not is_single and parts[-1] and num_bytes + spec.num_bytes > _MAX_FILE_BYTES:
             parts.append({})
             num_bytes = 0
         parts[-1][key] = spec
         num_bytes += spec.num_bytes
     parts = [dict(sorted(part.items(), key=lambda item: -item[1].dtype.itemsize)) for part in parts]
     if len(parts) == 1:
-        return {f"model{SUFFIX}": parts[0]}
+        return {name or f"model{SUFFIX}": parts[0]}
     return {f"model-{i:05}-of-{len(parts):05}{SUFFIX}": part for i, part in enumerate(parts, start=1)}
 
 

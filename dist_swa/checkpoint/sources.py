@@ -14,6 +14,7 @@ from dist_swa.checkpoint.entries import TOP_LEVEL, Contents, damaged, integers, 
 from dist_swa.checkpoint.keys import DDP, Reader, below, bits, join, spec_of, without_prefix
 from dist_swa.checkpoint.not_averaged import MODEL, not_averaged
 from dist_swa.checkpoint.readers import open_contents
+from dist_swa.checkpoint.safetensors_io import Spec
 from dist_swa.storage.reader import CheckpointReader
 
 _OF_WHOLE = (None, TOP_LEVEL, MODEL, "state_dict")  # of a file that is one model; checkpoints beside it need a key
@@ -25,16 +26,32 @@ class Source:
     """The weights in one entry of a checkpoint, or in a file of weights.
 
     `specs` are their shapes and dtypes by name, aliases of tied parameters included. `skipped` are the names of values
-    that are not tensors; they cannot be read.
+    that are not tensors; they cannot be read. `buffers` are the names of buffers that are left out of `specs`.
     """
 
-    def __init__(self, reader: Reader, key: str | None, stored: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        key: str | None,
+        stored: Mapping[str, tuple[str, ...]],
+        buffers: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.path, self.key = reader.folder, key
         self.is_checkpoint = isinstance(reader, CheckpointReader)
-        self._reader, self._stored = reader, dict(stored)
+        self.buffers = tuple(buffers or ())
+        self._reader, self._stored = reader, {**stored, **(buffers or {})}
         specs = {name: spec_of(reader, first) for name, (first, *_) in stored.items()}
         self.specs = {name: spec for name, spec in specs.items() if spec is not None}
         self.skipped = [name for name, spec in specs.items() if spec is None]
+
+    def spec(self, name: str) -> Spec | None:
+        """Return the shape and dtype of a tensor, also of one of the `buffers`."""
+        return spec_of(self._reader, self._stored[name][0])
+
+    def names_besides(self, names: Iterable[str]) -> list[str]:
+        """Return the names in `specs` of tensors that have none of `names`."""
+        stored = {self._stored[name] for name in names}
+        return sorted(name for name in self.specs if self._stored[name] not in stored)
 
     def read(self, name: str) -> Tensor:
         """Return a full tensor on the CPU: the stored one, or the mean of the slots. Memory: up to three times it."""
@@ -167,6 +184,7 @@ def _open_average(contents: Contents, key: str, only: str | None) -> Source:
     else:
         stored |= buffers
         stored |= not_averaged(contents, key, stored, ties)
+        buffers = {}
     for name, aliases in ties.items():  # in the same order on every rank: `merge` deals out tensors by position
         stored |= dict.fromkeys(aliases, stored[name]) if name in stored else {}
-    return Source(reader, key, stored)
+    return Source(reader, key, stored, buffers)

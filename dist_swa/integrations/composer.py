@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch.distributed as dist
-
 import dist_swa
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
@@ -187,8 +185,8 @@ class SWA(Algorithm):  # type: ignore[misc]
             self.swa = self._load_to_evaluate(state, self._saved)
         swa = self.swa  # None in an evaluation before fit without a checkpoint
         if swa is not None and self._evaluates_average and swa.started and not swa.completed:
+            swa.average.broadcast_buffers()  # without DDP's broadcast, as Composer evaluates, each rank has other ones
             self._swap.enter_context(swa.swapped_in())
-            _use_buffers_of_first_rank(state)
 
     def _load_to_evaluate(self, state: State, saved: Mapping[str, Any]) -> dist_swa.SWA:
         """Return the average of a checkpoint that no fit has resumed. The Trainer may have no duration or optimizer."""
@@ -228,13 +226,6 @@ class SWA(Algorithm):  # type: ignore[misc]
     def _attached(self) -> dist_swa.SWA:
         assert self.swa is not None  # since FIT_START
         return self.swa
-
-
-def _use_buffers_of_first_rank(state: State) -> None:
-    """Without DDP's broadcast, as Composer evaluates, each rank has other ones. A checkpoint has those of the first."""
-    if dist.is_initialized():
-        for buffer in state.model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def _batches(state: State) -> Iterator[Any]:

@@ -116,7 +116,9 @@ def _find_tensors(module: nn.Module, kind: str) -> Sequence[_Found]:
                     " materialise the model first (a forward, or to_empty)"
                 )
             is_persistent = kind != "_buffers" or key not in part._non_persistent_buffers_set
-            found.setdefault(id(tensor), _Found([], owner, key, tensor, is_persistent)).names.append(name)
+            names = found.setdefault(id(tensor), _Found([], owner, key, tensor, is_persistent)).names
+            if name not in names:
+                names.append(name)
     return list(found.values())
 
 

@@ -13,10 +13,11 @@ NamePattern: TypeAlias = str | Callable[[str], bool] | Sequence["NamePattern"]
 """A shell-style pattern of FQNs ("head.*"), a function of an FQN, or several of them."""
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPERS |= {"_forward_module", "_original_module"}  # Fabric has one module under both names
 
 
 def clean_name(name: str) -> str:
-    """Return `name` without the parts that torch.compile, activation checkpointing and FSDP1 add."""
+    """Return `name` without the parts that torch.compile, activation checkpointing, FSDP1 and Fabric add."""
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
 
 

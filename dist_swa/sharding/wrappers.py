@@ -1,4 +1,4 @@
-"""The wrappers of a model: torch.compile, DDP, FSDP1 and FSDP2.
+"""The wrappers of a model: torch.compile, Lightning Fabric, DDP, FSDP1 and FSDP2.
 
 [Note: stale unsharded weights]
 After a forward without a backward, the root of FSDP1 and FSDP2 stays unsharded. ``named_parameters()`` then gives plain
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 _passes = ModuleTracker()
+_FABRIC = "_forward_module"  # the child of the module that Fabric returns; Lightning is not imported
+_TRANSPARENT = ("_orig_mod", _FABRIC)  # the first is of torch.compile
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """Return the module inside torch.compile, DDP and DataParallel, and the DDP wrapper if there is one."""
+    """Return the module inside torch.compile, Fabric, DDP and DataParallel, and the DDP wrapper if there is one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model needs to be a torch.nn.Module, got model={type(model).__name__}; pass the module")
     ddp: DistributedDataParallel | None = None
@@ -38,10 +40,26 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
             model = ddp.module
         elif isinstance(model, nn.DataParallel):
             model = model.module
-        elif (compiled := dict(model.named_children()).get("_orig_mod")) is not None:  # of torch.compile
-            model = compiled
+        elif (inside := _inside(model)) is not None:
+            model = inside
         else:
             return model, ddp
+
+
+def runnable(model: nn.Module) -> nn.Module:
+    """Return the module that runs a forward of `model` on this rank alone, if it is not sharded.
+
+    That is the unwrapped module, or the module of Fabric, which converts inputs to the precision of the parameters.
+    """
+    outer: nn.Module | None = model
+    while outer is not None and _FABRIC not in dict(outer.named_children()):
+        outer = _inside(outer)
+    return unwrap(model)[0] if outer is None else outer
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    children = dict(model.named_children())
+    return next((children[name] for name in _TRANSPARENT if name in children), None)
 
 
 def find_fsdp_modules(module: nn.Module) -> list[nn.Module]:
