@@ -18,8 +18,8 @@ SwaLr: TypeAlias = float | Sequence[float] | None
 """One rate for all param groups, or one for each. None keeps the rates of `swa_start`."""
 
 
-def check_phase(swa_lr: SwaLr, anneal_strategy: str, anneal_steps: int) -> None:
-    """Raise TypeError or ValueError unless the arguments describe a learning-rate phase."""
+def check_phase(is_scheduled: bool, swa_lr: SwaLr, anneal_strategy: str, anneal_steps: int) -> None:
+    """Raise TypeError or ValueError unless the arguments describe a learning-rate phase, or none."""
     for lr in swa_lr if isinstance(swa_lr, Sequence) else [] if swa_lr is None else [swa_lr]:
         if not isinstance(lr, Real) or isinstance(lr, bool):
             raise TypeError(f"swa_lr needs a number, got swa_lr={swa_lr!r}; pass a float, or one for each param group")
@@ -36,6 +36,8 @@ def check_phase(swa_lr: SwaLr, anneal_strategy: str, anneal_steps: int) -> None:
         raise TypeError(f"anneal_steps needs a whole number, got anneal_steps={anneal_steps!r}; 10 is the default")
     if anneal_steps < 1:
         raise ValueError(f"anneal_steps needs a whole number >= 1, got anneal_steps={anneal_steps}; 10 is the default")
+    if swa_lr is not None and not is_scheduled:
+        raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
 
 
 def phase_lr(lr: float, swa_lr: float | None, anneal_strategy: str, fraction: float) -> float:
@@ -73,9 +75,7 @@ class LRPhase:
             raise TypeError(
                 f"SWA needs a torch optimizer, got optimizer={optimizer!r}; pass the one that steps the model"
             )
-        check_phase(swa_lr, anneal_strategy, anneal_steps)
-        if swa_lr is not None and not is_scheduled:
-            raise ValueError(f"swa_lr needs schedule_swa_lr=True, got swa_lr={swa_lr}; set it, or leave swa_lr out")
+        check_phase(is_scheduled, swa_lr, anneal_strategy, anneal_steps)
         if is_scheduled and optimizer is None:
             raise ValueError("schedule_swa_lr needs an optimizer, got optimizer=None; pass the optimizer")
         self._optimizer = optimizer

@@ -65,6 +65,7 @@ class Schedule:
     There is one check after every step, or one at the end of every epoch if `interval` is in epochs. Checks before
     `start` do nothing. The first check after it updates. A later check updates if at least one more multiple of
     `interval`, counted from the first update, has been reached. The first check at or after `end` completes averaging.
+    Without `is_length_known` times in "dur" need no `max_duration`. Such a schedule makes no steps.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Schedule:
         max_duration: str | None = None,
         steps_per_epoch: int | None = None,
         rule_units: Iterable[str] = (),
+        is_length_known: bool = True,
     ) -> None:
         self.max_duration = None if max_duration is None else Time.parse(max_duration, "max_duration")
         self.start = Time.parse(start, "swa_start")
@@ -84,7 +86,7 @@ class Schedule:
         self.steps_per_epoch = steps_per_epoch
         self.rule_units = frozenset(rule_units)
         self.told: set[str] = set()  # the kinds of warnings that `unmet` does not return any more
-        self._check_arguments()
+        self._check_arguments(is_length_known)
         self.reset(Progress())
 
     def reset(self, now: Progress) -> None:
@@ -258,13 +260,13 @@ class Schedule:
             raise ValueError(f"step needs {name} >= 0, got {name}={count}; pass their sum over all ranks")
         return count
 
-    def _check_arguments(self) -> None:
+    def _check_arguments(self, is_length_known: bool) -> None:
         limit, spe = self.max_duration, self.steps_per_epoch
         if limit is not None and (limit.unit == "dur" or limit.value == 0):
             raise ValueError(
                 f"max_duration needs a length above 0 in ep, ba, sp or tok, got max_duration={limit}; write '90ep'"
             )
-        if limit is None and "dur" in self.units:
+        if limit is None and is_length_known and "dur" in self.units:
             raise ValueError(
                 "a schedule in 'dur' needs max_duration, got max_duration=None; pass the length of the run, as '90ep'"
             )

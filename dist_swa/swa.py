@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,12 +16,13 @@ from torch import nn
 
 from dist_swa.averaging.average import ShardedAverage
 from dist_swa.averaging.averages import checked_name, named_rules
+from dist_swa.averaging.checks import check_storage
 from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.batch_norm.frozen import FrozenLayers, skipping
-from dist_swa.lr_phase import LRPhase, SwaLr
+from dist_swa.lr_phase import LRPhase, SwaLr, check_phase
 from dist_swa.schedule import UNITS, Decision, Progress, Schedule
-from dist_swa.sharding.fqn import NamePattern
+from dist_swa.sharding.fqn import NamePattern, check_pattern
 
 
 class SWA:
@@ -101,15 +104,14 @@ class SWA:
         buffers: NamePattern = "copy",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        rules = named_rules(rule)
-        checked_name("SWA(transfer=...)", transfer, rules)
-        self.schedule = Schedule(
-            start=swa_start,
-            end=swa_end,
-            interval=update_interval,
+        self.schedule = _checked_schedule(
             max_duration=max_duration,
             steps_per_epoch=steps_per_epoch,
-            rule_units=[unit for one in rules.values() if (unit := one.unit)],
+            swa_start=swa_start,
+            swa_end=swa_end,
+            update_interval=update_interval,
+            rule=rule,
+            transfer=transfer,
         )
         for message in self.schedule.unmet():
             warnings.warn(message, stacklevel=2)
@@ -333,3 +335,49 @@ class SWA:
         if frozen := self._frozen.saved():
             state["frozen"] = torch.tensor(frozen)
         return state
+
+
+def check_options(options: Mapping[str, Any], also: Iterable[str] = ()) -> Schedule:
+    """Raise what `SWA` of any model would raise for its keyword arguments `options`, and return their schedule. Local.
+
+    For an adapter that takes the options before there is a model. Without `max_duration` the length of the run is
+    unknown. `also` are further names that the adapter takes. The schedule makes no steps.
+    """
+    defaults = {one.name: one.default for one in signature(SWA).parameters.values() if one.kind is one.KEYWORD_ONLY}
+    known = [*defaults, *also]
+    for name in [one for one in options if one not in known]:
+        close = get_close_matches(name, known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+        raise TypeError(f"SWA needs options that it knows, got {name}={options[name]!r}; {advice}")
+    values = {**defaults, **options}
+    check_phase(values["schedule_swa_lr"], values["swa_lr"], values["anneal_strategy"], values["anneal_steps"])
+    check_storage(values["dtype"], values["device"])
+    check_pattern(values["buffers"], "buffers")
+    if values["parameters"] is not None:
+        check_pattern(values["parameters"], "parameters")
+    return _checked_schedule(**values, is_length_known=values["max_duration"] is not None)
+
+
+def _checked_schedule(
+    *,
+    max_duration: str | None,
+    steps_per_epoch: int | None,
+    swa_start: str,
+    swa_end: str | None,
+    update_interval: str,
+    rule: Rule | Mapping[str, Rule],
+    transfer: str | None,
+    is_length_known: bool = True,
+    **others: Any,
+) -> Schedule:
+    rules = named_rules(rule)
+    checked_name("SWA(transfer=...)", transfer, rules)
+    return Schedule(
+        start=swa_start,
+        end=swa_end,
+        interval=update_interval,
+        max_duration=max_duration,
+        steps_per_epoch=steps_per_epoch,
+        rule_units=[unit for one in rules.values() if (unit := one.unit)],
+        is_length_known=is_length_known,
+    )

@@ -45,9 +45,17 @@ def matches(name: str, pattern: NamePattern, argument: str) -> bool:
         return fnmatchcase(name, pattern)
     if callable(pattern):
         return bool(pattern(name))
-    if isinstance(pattern, Sequence):
-        return any(matches(name, one, argument) for one in pattern)
-    raise TypeError(
-        f"{argument} needs a pattern such as 'head.*', a function of a name, or several, got {argument}={pattern!r};"
-        " leave it out"
-    )
+    check_pattern(pattern, argument)
+    return any(matches(name, one, argument) for one in pattern)
+
+
+def check_pattern(pattern: NamePattern, argument: str) -> None:
+    """Raise TypeError unless `pattern`, the value of the argument named `argument`, is a pattern."""
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+        for one in pattern:
+            check_pattern(one, argument)
+    elif not (isinstance(pattern, str) or callable(pattern)):
+        raise TypeError(
+            f"{argument} needs a pattern such as 'head.*', a function of a name, or several, got"
+            f" {argument}={pattern!r}; leave it out"
+        )
