@@ -1,4 +1,4 @@
-"""`check_options`: an adapter finds bad options of `SWA` before there is a model."""
+"""`check_options`, `check_finalize_options`: an adapter finds bad options of `SWA` before there is a model."""
 
 import re
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_swa import EMA, SWA, Equal, Window
-from dist_swa.swa import check_options
+from dist_swa import EMA, SWA, Equal, Window, recalibrate_batch_norm
+from dist_swa.swa import check_finalize_options, check_options
 
 WRONG: dict[str, dict[str, Any]] = {
     "time": {"swa_start": "abc"},
@@ -76,3 +76,28 @@ def test_the_units_of_the_schedule_are_returned() -> None:
 def test_a_name_that_is_no_option_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"{message}$" if message.endswith("?") else message):
         check_options(options, also=["evaluate"])
+
+
+WRONG_IN_FINALIZE: dict[str, dict[str, Any]] = {
+    "forward": {"forward": 3},
+    "max_batches": {"max_batches": 0},
+    "type of max_batches": {"max_batches": 0.5},
+    "skip": {"skip": 3},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IN_FINALIZE)
+def test_what_is_wrong_in_every_recalibration_raises_as_it_does(case: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        recalibrate_batch_norm(nn.BatchNorm1d(2), [torch.ones(2, 2)], **WRONG_IN_FINALIZE[case])
+    with pytest.raises(type(error.value), match=f"^{re.escape(str(error.value))}$"):
+        check_finalize_options(WRONG_IN_FINALIZE[case])
+
+
+def test_other_options_of_a_recalibration_do_not_raise() -> None:
+    check_finalize_options({"forward": print, "max_batches": 3, "layerwise": True, "skip": ["head.*", callable]})
+
+
+def test_a_name_that_is_no_option_of_a_recalibration_raises() -> None:
+    with pytest.raises(TypeError, match=r"^recalibrate_batch_norm needs .* got foward=3; did you mean forward\?$"):
+        check_finalize_options({"foward": 3})

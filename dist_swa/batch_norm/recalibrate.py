@@ -117,7 +117,7 @@ def recalibrate_batch_norm(
     collectors: dict[str, StatisticsCollector] = {}
     error: Exception | None = None
     try:
-        _check_arguments(batches, forward, max_batches, layerwise)
+        check_arguments(batches, forward, max_batches, layerwise)
         collectors = {n: StatisticsCollector(layer, exact) for n, layer in _select(module, layers, skip).items()}
         lengths = [length_hint(batches), max_batches] if progress and not layerwise else []
     except Exception as raised:
@@ -217,7 +217,8 @@ def _warning_texts(collectors: Collectors, unordered: Sequence[str]) -> list[str
     return [f"BatchNorm {reason}: {', '.join(names)}" for reason, names in names_by_reason.items() if names]
 
 
-def _check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bool) -> None:
+def check_arguments(batches: Any, forward: Any, max_batches: Any, layerwise: bool) -> None:
+    """Raise TypeError or ValueError unless these are arguments of `recalibrate_batch_norm`."""
     if max_batches is not None and (not isinstance(max_batches, int) or isinstance(max_batches, bool)):
         raise TypeError(f"max_batches needs a whole number, got max_batches={max_batches!r}; None takes them all")
     if max_batches is not None and max_batches < 1:
