@@ -39,12 +39,18 @@ class SWAMixin(Trainer):
     replaces the weights of the model, with BatchNorm statistics recalibrated on the training data, so that
     ``save_model`` saves the average. ``on_train_end`` of all callbacks comes after that.
 
-    `swa` is the `SWA` of the last call of `train`.
+    With ``load_best_model_at_end`` the model ends as the best checkpoint was evaluated. For a `metric_for_best_model`
+    of the average, such as "swa_loss", it gets the average in that checkpoint, with the statistics that were evaluated,
+    or its trained weights if no model was averaged by then. For a metric of the trained weights it gets these. If the
+    average of the best checkpoint is missing, the model gets that of the last step, with a warning.
+
+    `swa` is the `SWA` of the last call of `train`. It has the average that went into the model; for a best model with
+    trained weights, the average of the last step.
 
     Args:
         swa_options: the arguments of `add_swa`, as a dict. All other arguments go to `Trainer`.
 
-    Raises what `add_swa` and the training with it raise.
+    Raises what `add_swa` raises. When training begins, raises what `prepare_swa` raises.
 
     Example:
 
@@ -92,7 +98,11 @@ class SWAMixin(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> dict[str, float]:
-        """Evaluate the trained weights, the averaged weights, or both. Metrics of the average are ``eval_swa_*``."""
+        """Evaluate the trained weights, the averaged weights, or both. Metrics of the average are ``eval_swa_*``.
+
+        All metrics are in one log entry and one ``on_evaluate`` event, for each dataset. Where the averaged weights are
+        those of the model, before the first update and outside of training, one pass gives both metrics.
+        """
         evaluate = functools.partial(super().evaluate, eval_dataset=eval_dataset, ignore_keys=ignore_keys, **kwargs)
         if self._swa_is_evaluating:  # with several datasets, Trainer.evaluate calls this method for each of them
             return evaluate(metric_key_prefix=metric_key_prefix)
@@ -185,19 +195,19 @@ def add_swa(
     Call it before ``trainer.train()``, on every rank, with the same arguments.
 
     Args:
-        evaluate: what ``trainer.evaluate`` evaluates from the first update to the end of training: "averaged" weights,
-            with metrics ``eval_swa_*``, "trained" weights, or "both". `metric_for_best_model`, as early stopping and
-            ReduceLROnPlateau use it, needs to be a metric of the trained weights. (With "both", EarlyStoppingCallback
-            warns after each evaluation of the average that it is disabled; it is not.)
+        evaluate: what ``trainer.evaluate`` evaluates during training: "averaged" weights, with metrics ``eval_swa_*``,
+            "trained" weights, or "both". `metric_for_best_model`, as early stopping and ReduceLROnPlateau use it, may
+            be any of these metrics. Before the first update, the metrics of the average are those of the trained
+            weights.
         finalize_options: arguments of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` for a
             Trainer with its own ``compute_loss``.
         options: arguments of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
 
-    Raises TypeError if `trainer` is no Trainer, RuntimeError if it has an average already or has trained, ValueError
-    for another `evaluate`. When training begins, ValueError for ``load_best_model_at_end``, for a
-    `metric_for_best_model` that not every evaluation has, for schedules in samples or tokens, for methods that were
-    replaced on the trainer itself, and what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of
-    the average runs forwards over the training data.
+    Raises TypeError if `trainer` is no Trainer, RuntimeError if it has an average already or has trained. Raises
+    TypeError or ValueError for options that no model fits, for a `metric_for_best_model` that `evaluate` never gives,
+    for schedules in samples or tokens, and for methods that were replaced on the trainer itself. When training begins,
+    raises what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of the average runs forwards
+    over the training data.
 
     Example:
 
