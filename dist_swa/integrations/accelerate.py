@@ -16,7 +16,7 @@ from torch import nn
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import DistributedType, broadcast_object_list
+    from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dist_swa.integrations.accelerate needs accelerate, got no {error.name}; pip install 'dist_swa[accelerate]'",
@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa import SWA, checkpoint
+from dist_swa.integrations.options import check_accelerator
 
-_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 # Weak: an average refers to its accelerator, and the hooks of the accelerator refer to the average.
 _attached: WeakSet[AcceleratedSWA] = WeakSet()
 
@@ -110,7 +110,10 @@ class AcceleratedSWA(SWA):
             state.dataloader_references = loaders
 
     def recalibrate(self, batches: Iterable[Any], **options: Any) -> None:
-        """Recalibrate the BatchNorm layers that `finalize` recalibrates, with its `options`, inside `swapped_in`."""
+        """Recalibrate from `batches`, inside `swapped_in`, the BatchNorm layers that `finalize` would recalibrate.
+
+        A collective. `options` are those of `recalibrate_batch_norm`.
+        """
         self._frozen.recalibrate(batches, **options)
 
     def save(self, folder: Path) -> None:
@@ -203,24 +206,3 @@ def prepare_swa(
         elif swa.name == name:
             raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
     return AcceleratedSWA(accelerator, model, optimizer, name, **options)
-
-
-def check_accelerator(
-    accelerator: Accelerator, model: nn.Module | None, num_processes: int | None = None, name: str = "dist_swa"
-) -> None:
-    """Raise what `prepare_swa` raises for the accelerator and its own arguments, also before `prepare`. Local."""
-    kind = accelerator.distributed_type
-    parameters = [] if model is None else model.parameters()
-    if kind in _UNSUPPORTED or any(hasattr(parameter, "ds_id") for parameter in parameters):
-        kind = kind if kind in _UNSUPPORTED else DistributedType.DEEPSPEED
-        raise ValueError(
-            f"prepare_swa needs a model in DDP, FSDP1, FSDP2 or one process, got distributed_type={kind.value}; FSDP2"
-            " (fsdp_version: 2) shards as DeepSpeed's ZeRO-3 does"
-        )
-    if num_processes not in (None, accelerator.num_processes):
-        raise ValueError(
-            f"prepare_swa needs num_processes={num_processes}, got {accelerator.num_processes} of them, with"
-            f" distributed_type={kind.value}; see launch/accelerate for launches that run them all"
-        )
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")

@@ -21,11 +21,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa.batch_norm.frozen import skipping
-from dist_swa.integrations.accelerate import AcceleratedSWA, check_accelerator, prepare_swa
+from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
+from dist_swa.integrations.options import check_trainer
 from dist_swa.integrations.trainer_metrics import Names, Recorded, is_of_average, merged, recorded
-from dist_swa.swa import check_finalize_options, check_options
 
-_EVALUATE = ("averaged", "trained", "both")
 _FOLDER = "dist_swa"  # inside checkpoint-N
 
 
@@ -90,7 +89,7 @@ class SWAMixin(Trainer):
         self, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         finalize_options = dict(finalize_options or {})
-        _check(self, evaluate, finalize_options, options)
+        check_trainer(self, evaluate, finalize_options, options)
         self._swa_evaluate, self._swa_options, self._swa_finalize_options = evaluate, options, finalize_options
         # First in the list, because other callbacks may save a checkpoint after a step, or the model after the last.
         self.callback_handler.callbacks.insert(0, _SWAEvents(self))
@@ -258,29 +257,6 @@ def _new_with_swa(cls: type[Trainer]) -> SWAMixin:
     return with_swa.__new__(with_swa)
 
 
-def _check(trainer: Trainer, evaluate: str, finalize_options: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise for options and training arguments that do not fit together, before training begins."""
-    if evaluate not in _EVALUATE:
-        raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
-    check_finalize_options(finalize_options)
-    own = {"num_processes", "name"} & options.keys()
-    schedule = check_options(options, also=["num_processes", "name", "evaluate", "finalize_options"])
-    if units := sorted(schedule.units & {"sp", "tok"}):
-        raise ValueError(f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
-    check_accelerator(trainer.accelerator, trainer.model, **{name: options[name] for name in own})
-    best = str(trainer.args.metric_for_best_model or "")
-    if best and evaluate == ("trained" if is_of_average(best) else "averaged"):
-        raise ValueError(
-            "SWA in a Trainer needs a metric_for_best_model that its evaluations give, got metric_for_best_model="
-            f"{best!r} with {evaluate=}; metrics of the average begin with 'swa_', and evaluate='both' gives all"
-        )
-    if replaced := sorted(vars(trainer).keys() & {"evaluate", "_save_checkpoint", "_inner_training_loop"}):
-        raise ValueError(
-            f"SWA in a Trainer needs the methods of its class, got {replaced=} on the trainer itself; override them in"
-            " a subclass"
-        )
-
-
 class _SWAEvents(TrainerCallback):
     """Build the average when training begins, count steps, and finalize when training ends."""
 
@@ -301,7 +277,7 @@ class _SWAEvents(TrainerCallback):
             trainer.swa.detach()  # from a training that raised
             del trainer.swa  # frees its memory
             trainer._swa_metrics_of_model = "both"
-        _check(trainer, trainer._swa_evaluate, trainer._swa_finalize_options, trainer._swa_options)
+        check_trainer(trainer, trainer._swa_evaluate, trainer._swa_finalize_options, trainer._swa_options)
         length: dict[str, Any] = {"max_duration": f"{state.max_steps}ba"}
         if has_length(train_dataloader):
             num_batches = len(train_dataloader)
