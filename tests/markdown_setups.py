@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from accelerate_on_cpu import launched
 from dist_swa import SWA, Equal, PowerEMA, ShardedAverage, checkpoint
 from dist_swa.checkpoint import CheckpointFolder
-from models import build, trajectory, write
+from models import build, same_bits, trajectory, write
 
 Names = dict[str, Any]  # the globals of a program
 Enter = Callable[[Names], AbstractContextManager[None]]
@@ -143,3 +144,39 @@ def transformers(names: Names) -> Iterator[None]:
     checkpoint.export("run/checkpoint-15", "best")  # as `dist-swa export` does
     for folder in ("averaged", "best"):
         assert type(names["model"]).from_pretrained(folder).num_parameters() == names["model"].num_parameters()
+
+
+@setup(2, 3)
+def transformers_best(names: Names) -> Iterator[None]:
+    """The first launch stops at step 15, the second one resumes from there."""
+    import transformers
+    from transformers.trainer_callback import DefaultFlowCallback
+
+    from dist_swa.integrations.transformers import add_swa
+
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 23, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    text = torch.arange(400).remainder(23).view(-1, 8)
+    names |= {
+        "model": transformers.GPT2LMHeadModel(config),
+        "data": [{"input_ids": row, "labels": row} for row in text],
+    }
+    names |= {"TrainingArguments": transformers.TrainingArguments, "Trainer": transformers.Trainer}
+    names |= {"add_swa": add_swa}
+    is_first_launch = not Path("run").exists()
+    on_step_end = DefaultFlowCallback.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = is_first_launch and state.global_step == 15
+        return on_step_end(self, args, state, control, **kwargs)
+
+    dist.barrier()
+    with launched(), mock.patch.object(DefaultFlowCallback, "on_step_end", stop):
+        yield
+    dist.barrier()
+    assert names["trainer"].state.global_step == (15 if is_first_launch else 20)
+    saved, model = load_file("best/model.safetensors"), names["trainer"].model.state_dict()
+    assert all(torch.equal(model[name], value) for name, value in saved.items())
+    assert same_bits(names["trainer"].swa.average.full_state_dict() or model, model)

@@ -112,11 +112,12 @@ ALLOWED = ("sharding.", "batch_norm.layers", "storage.metadata", "integrations."
 PRIVATE: dict[str, dict[str, int]] = {
     "batch_norm.layers": {"_BatchNorm": 1},
     "integrations.accelerate": {"_is_accelerate_prepared": 1, "_optimizers": 1},
+    "integrations.options": {"_inner_training_loop": 1, "_save_checkpoint": 1},
     "integrations.transformers": {
         "_dataloaders": 1,
         "_get_output_dir": 1,
-        "_inner_training_loop": 3,
-        "_save_checkpoint": 3,
+        "_inner_training_loop": 2,
+        "_save_checkpoint": 2,
     },
     "sharding.find": {
         "_buffers": 3,

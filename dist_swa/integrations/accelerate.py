@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import DistributedType, broadcast_object_list
+    from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dist_swa.integrations.accelerate needs accelerate, got no {error.name}; pip install 'dist_swa[accelerate]'",
@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa import SWA, checkpoint
+from dist_swa.integrations.options import check_accelerator
 
-_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 # Weak: an average refers to its accelerator, and the hooks of the accelerator refer to the average.
 _attached: WeakSet[AcceleratedSWA] = WeakSet()
 
@@ -109,6 +109,13 @@ class AcceleratedSWA(SWA):
         finally:
             state.dataloader_references = loaders
 
+    def recalibrate(self, batches: Iterable[Any], **options: Any) -> None:
+        """Recalibrate from `batches`, inside `swapped_in`, the BatchNorm layers that `finalize` would recalibrate.
+
+        A collective. `options` are those of `recalibrate_batch_norm`.
+        """
+        self._frozen.recalibrate(batches, **options)
+
     def save(self, folder: Path) -> None:
         """Save the average into `folder`, and replace what is there. A collective. Raises what checkpoint.save does."""
         self.average.require_trained_weights("save")
@@ -117,16 +124,19 @@ class AcceleratedSWA(SWA):
         self.accelerator.wait_for_everyone()
         checkpoint.save({"swa": self}, folder)
 
-    def load(self, folder: Path, position: Mapping[str, int] | None = None) -> bool:
-        """Load what `save` saved. A collective. Without `folder`: one warning, `reset` to `position`, and False."""
-        (exists,) = broadcast_object_list([folder.exists()])
-        if exists:
-            checkpoint.load({"swa": self}, folder)
-        else:
+    def load(self, folder: Path, position: Mapping[str, int] | None = None) -> None:
+        """Load what `save` saved. A collective. Without `folder`: one warning, and `reset` to `position`."""
+        if not self.load_existing(folder):
             start = self.reset_to(position or {})
             warnings.warn(f"{folder} does not exist: averaging starts anew; {start}", stacklevel=2)
         self._steps.clear()
-        return bool(exists)
+
+    def load_existing(self, folder: Path | None) -> bool:
+        """Load what `save` saved into the `folder` of the first rank. False if it does not exist. A collective."""
+        (existing,) = broadcast_object_list([folder if folder is not None and folder.exists() else None])
+        if existing is not None:
+            checkpoint.load({"swa": self}, existing)
+        return existing is not None
 
     def detach(self) -> None:
         """Remove all hooks: no more steps are counted, and checkpoints of the accelerator do not have the average."""
@@ -182,26 +192,13 @@ def prepare_swa(
     >>> folder = accelerator.save_state("checkpoint")  # with the average
     >>> swa.finalize()
     """
-    kind = accelerator.distributed_type
-    if kind in _UNSUPPORTED or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        kind = kind if kind in _UNSUPPORTED else DistributedType.DEEPSPEED
-        raise ValueError(
-            f"prepare_swa needs a model in DDP, FSDP1, FSDP2 or one process, got distributed_type={kind.value}; FSDP2"
-            " (fsdp_version: 2) shards as DeepSpeed's ZeRO-3 does"
-        )
-    if num_processes not in (None, accelerator.num_processes):
-        raise ValueError(
-            f"prepare_swa needs num_processes={num_processes}, got {accelerator.num_processes} of them, with"
-            f" distributed_type={kind.value}; see launch/accelerate for launches that run them all"
-        )
+    check_accelerator(accelerator, model, num_processes, name)
     # Private, because accelerate has no public call that tells whether a model was prepared.
     if not getattr(model, "_is_accelerate_prepared", False) or not isinstance(optimizer, AcceleratedOptimizer):
         raise ValueError(
             f"prepare_swa needs what accelerator.prepare returned, got a {type(model).__name__} and a"
             f" {type(optimizer).__name__} that were not prepared; call it after prepare"
         )
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
     for swa in [one for one in _attached if one.accelerator is accelerator]:
         # Private, because free_memory() calls no hook: it only clears this list.
         if not any(swa.prepared_optimizer is one for one in accelerator._optimizers):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +20,11 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from dist_swa import recalibrate_batch_norm
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
+from dist_swa.integrations.options import check_trainer
+from dist_swa.integrations.trainer_metrics import Names, Recorded, is_of_average, merged, recorded
 
-_EVALUATE = ("averaged", "trained", "both")
 _FOLDER = "dist_swa"  # inside checkpoint-N
 
 
@@ -36,12 +38,18 @@ class SWAMixin(Trainer):
     replaces the weights of the model, with BatchNorm statistics recalibrated on the training data, so that
     ``save_model`` saves the average. ``on_train_end`` of all callbacks comes after that.
 
-    `swa` is the `SWA` of the last call of `train`.
+    With ``load_best_model_at_end`` the model ends as the best checkpoint was evaluated. For a `metric_for_best_model`
+    of the average, such as "swa_loss", it gets the average in that checkpoint, with the statistics that were evaluated,
+    or its trained weights if no model was averaged by then. For a metric of the trained weights it gets these. If the
+    average of the best checkpoint is missing, the model gets that of the last step, with a warning.
+
+    `swa` is the `SWA` of the last call of `train`. It has the average that went into the model; for a best model with
+    trained weights, the average of the last step.
 
     Args:
         swa_options: the arguments of `add_swa`, as a dict. All other arguments go to `Trainer`.
 
-    Raises what `add_swa` and the training with it raise.
+    Raises what `add_swa` raises. When training begins, raises what `prepare_swa` raises.
 
     Example:
 
@@ -70,6 +78,8 @@ class SWAMixin(Trainer):
     swa: AcceleratedSWA
     _swa_checkpoint: str | None = None
     _swa_is_evaluating = False
+    # Whose metrics those of the model are outside of training; None while the model trains.
+    _swa_metrics_of_model: str | None = "both"
 
     def __init__(self, *args: Any, swa_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,29 +88,81 @@ class SWAMixin(Trainer):
     def _set_up_swa(
         self, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        if evaluate not in _EVALUATE:
-            raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
-        self._swa_evaluate, self._swa_options = evaluate, options
-        self._swa_finalize_options = dict(finalize_options or {})
+        finalize_options = dict(finalize_options or {})
+        check_trainer(self, evaluate, finalize_options, options)
+        self._swa_evaluate, self._swa_options, self._swa_finalize_options = evaluate, options, finalize_options
         # First in the list, because other callbacks may save a checkpoint after a step, or the model after the last.
         self.callback_handler.callbacks.insert(0, _SWAEvents(self))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> dict[str, float]:
-        """Evaluate the trained weights, the averaged weights, or both. Metrics of the average are ``eval_swa_*``."""
+        """Evaluate the trained weights, the averaged weights, or both. Metrics of the average are ``eval_swa_*``.
+
+        All metrics are in one log entry and one ``on_evaluate`` event, for each dataset. Where the averaged weights are
+        those of the model, before the first update and outside of training, one pass gives both metrics.
+        """
         evaluate = functools.partial(super().evaluate, eval_dataset=eval_dataset, ignore_keys=ignore_keys, **kwargs)
-        is_averaging = hasattr(self, "swa") and self.swa.started and not self.swa.completed
-        if not is_averaging or self._swa_evaluate == "trained" or self._swa_is_evaluating:
+        if self._swa_is_evaluating:  # with several datasets, Trainer.evaluate calls this method for each of them
             return evaluate(metric_key_prefix=metric_key_prefix)
-        self._swa_is_evaluating = True  # with several datasets, Trainer.evaluate calls this method for each of them
+        metrics: dict[str, float] = {}
+        passes: list[Recorded] = []
+        self._swa_is_evaluating = True
         try:
-            metrics = evaluate(metric_key_prefix=metric_key_prefix) if self._swa_evaluate == "both" else {}
-            with self.swa.swapped_in():
-                recalibrate_batch_norm(self.model_wrapped, self._swa_batches(), **self._swa_recalibration_options())
-                return metrics | evaluate(metric_key_prefix=f"{metric_key_prefix}_swa")
+            for uses_average, weights in self._swa_passes():
+                names = Names(metric_key_prefix, weights)
+                average = self._swa_swapped_in() if uses_average else nullcontext()
+                with average, recorded(self, names) as found:
+                    metrics |= names.apply(evaluate(metric_key_prefix=names.prefix_of_pass))
+                passes.append(found)
         finally:
             self._swa_is_evaluating = False
+        for logs in merged([one.on_log for one in passes]):
+            Trainer.log(self, logs)  # an override of `log` was called in each pass
+        for of_event in merged([one.on_evaluate for one in passes]):
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, of_event)
+        return metrics
+
+    def _swa_passes(self) -> list[tuple[bool, str]]:
+        """Return for each pass of an evaluation whether the average is swapped in, and whose metrics it gives."""
+        of_model = "trained" if self._swa_evaluate == "trained" else self._swa_metrics_of_model
+        if of_model is not None:
+            return [(False, of_model)]
+        has_average = self.swa.num_averaged > 0
+        if self._swa_evaluate == "averaged":
+            return [(has_average, "averaged")]
+        return [(False, "trained"), (True, "averaged")] if has_average else [(False, "both")]
+
+    @contextmanager
+    def _swa_swapped_in(self) -> Iterator[None]:
+        with self.swa.swapped_in():
+            self.swa.recalibrate(self._swa_batches(), **self._swa_recalibration_options())
+            yield
+
+    def _swa_end(self) -> None:
+        """Give the model its final weights. The Trainer may have loaded the trained weights of the best checkpoint."""
+        swa, options = self.swa, self._swa_recalibration_options()
+        swa.detach()
+        takes_best = self.args.load_best_model_at_end and swa.num_averaged > 0
+        if takes_best and not is_of_average(str(self.args.metric_for_best_model)):
+            self._swa_metrics_of_model = "trained"
+            return
+        best = self.state.best_model_checkpoint
+        has_best = takes_best and swa.load_existing(None if best is None else Path(best, _FOLDER))
+        if has_best:
+            options = {"skip": lambda layer: True}  # the statistics were evaluated, and stay
+        elif takes_best:
+            warnings.warn(
+                f"load_best_model_at_end needs the average of the best checkpoint, got best_model_checkpoint={best!r}"
+                " without one; the model gets the average of the last step",
+                stacklevel=2,
+            )
+        if swa.num_averaged or not has_best:  # the best checkpoint may be older than the first update
+            swa.finalize(self._swa_batches(), **options)
+        self._swa_metrics_of_model = "trained" if swa.num_averaged and not swa.completed else "both"
+
+    def _swa_recalibration_options(self) -> dict[str, Any]:
+        return skipping(self.swa.average.averages_statistics, self._swa_finalize_options)
 
     # Private, because train() resolves resume_from_checkpoint=True, and an override of train() may choose another one.
     def _inner_training_loop(
@@ -115,9 +177,6 @@ class SWAMixin(Trainer):
         self.swa.save(Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", _FOLDER))
         super()._save_checkpoint(model, trial)
         self.swa.discard_zero_lr_steps()
-
-    def _swa_recalibration_options(self) -> dict[str, Any]:
-        return skipping(self.swa.average.averages_statistics, self._swa_finalize_options)
 
     def _swa_batches(self) -> Iterator[Any]:
         """Yield the training data. A new loader, because the one of the run has a position in its epoch."""
@@ -135,19 +194,19 @@ def add_swa(
     Call it before ``trainer.train()``, on every rank, with the same arguments.
 
     Args:
-        evaluate: what ``trainer.evaluate`` evaluates from the first update to the end of training: "averaged" weights,
-            with metrics ``eval_swa_*``, "trained" weights, or "both". `metric_for_best_model`, as early stopping and
-            ReduceLROnPlateau use it, needs to be a metric of the trained weights. (With "both", EarlyStoppingCallback
-            warns after each evaluation of the average that it is disabled; it is not.)
+        evaluate: what ``trainer.evaluate`` evaluates during training: "averaged" weights, with metrics ``eval_swa_*``,
+            "trained" weights, or "both". `metric_for_best_model`, as early stopping and ReduceLROnPlateau use it, may
+            be any of these metrics. Before the first update, the metrics of the average are those of the trained
+            weights.
         finalize_options: arguments of `recalibrate_batch_norm`, as ``{"forward": lambda module, batch: ...}`` for a
             Trainer with its own ``compute_loss``.
         options: arguments of `prepare_swa`, as `swa_start`, `rule`, `num_processes`.
 
-    Raises TypeError if `trainer` is no Trainer, RuntimeError if it has an average already or has trained, ValueError
-    for another `evaluate`. When training begins, ValueError for ``load_best_model_at_end``, for a
-    `metric_for_best_model` that not every evaluation has, for schedules in samples or tokens, for methods that were
-    replaced on the trainer itself, and what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of
-    the average runs forwards over the training data.
+    Raises TypeError if `trainer` is no Trainer, RuntimeError if it has an average already or has trained. Raises
+    TypeError or ValueError for options that no model fits, for a `metric_for_best_model` that `evaluate` never gives,
+    for schedules in samples or tokens, and for methods that were replaced on the trainer itself. When training begins,
+    raises what `prepare_swa` raises. Memory: as `SWA`. With BatchNorm, each evaluation of the average runs forwards
+    over the training data.
 
     Example:
 
@@ -198,24 +257,6 @@ def _new_with_swa(cls: type[Trainer]) -> SWAMixin:
     return with_swa.__new__(with_swa)
 
 
-def _check_trainer(trainer: SWAMixin) -> None:
-    if trainer.args.load_best_model_at_end:
-        raise ValueError(
-            "SWA in a Trainer needs load_best_model_at_end=False, got True; at the end the average goes into the model"
-        )
-    best, evaluate = str(trainer.args.metric_for_best_model or ""), trainer._swa_evaluate
-    if best and (evaluate == "averaged" or best.removeprefix("eval_").startswith("swa_")):
-        raise ValueError(
-            "SWA in a Trainer needs a metric_for_best_model that every evaluation has, got metric_for_best_model="
-            f"{best!r} with {evaluate=}; take one of the trained weights, and evaluate='both'"
-        )
-    if replaced := sorted(vars(trainer).keys() & {"evaluate", "_save_checkpoint", "_inner_training_loop"}):
-        raise ValueError(
-            f"SWA in a Trainer needs the methods of its class, got {replaced=} on the trainer itself; override them in"
-            " a subclass"
-        )
-
-
 class _SWAEvents(TrainerCallback):
     """Build the average when training begins, count steps, and finalize when training ends."""
 
@@ -235,17 +276,15 @@ class _SWAEvents(TrainerCallback):
         if hasattr(trainer, "swa"):
             trainer.swa.detach()  # from a training that raised
             del trainer.swa  # frees its memory
-        _check_trainer(trainer)
+            trainer._swa_metrics_of_model = "both"
+        check_trainer(trainer, trainer._swa_evaluate, trainer._swa_finalize_options, trainer._swa_options)
         length: dict[str, Any] = {"max_duration": f"{state.max_steps}ba"}
         if has_length(train_dataloader):
             num_batches = len(train_dataloader)
             length["steps_per_epoch"] = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
         options = length | trainer._swa_options
         trainer.swa = swa = prepare_swa(trainer.accelerator, trainer.model_wrapped, optimizer, **options)
-        if units := sorted(swa.schedule.units & {"sp", "tok"}):
-            raise ValueError(
-                f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'"
-            )
+        trainer._swa_metrics_of_model = None
         swa.schedule.told.add("epochs")  # they are counted where they end
         if trainer._swa_checkpoint is not None:
             position = {"batches": state.global_step, "epochs": int(state.epoch or 0)}
@@ -260,6 +299,4 @@ class _SWAEvents(TrainerCallback):
             self.trainer.swa.end_epoch()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        swa = self.trainer.swa
-        swa.detach()
-        swa.finalize(self.trainer._swa_batches(), **self.trainer._swa_recalibration_options())
+        self.trainer._swa_end()

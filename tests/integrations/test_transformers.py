@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
 
 from accelerate_on_cpu import enter_fsdp, launched
 from dist_swa import SWA
@@ -32,69 +24,10 @@ from dist_swa.integrations.transformers import SWAMixin, add_swa
 from models import same_bits
 from ranks import on_ranks, run_on_ranks
 from small_run import full_tensors, mean
+from trainer_run import EPS, GLOBAL_BATCH, LR, START, STEPS, STOP, build, data, losses, stack, trainer_for
 
-GLOBAL_BATCH, STEPS, STOP, START = 12, 6, 4, 3
-LR, EPS = 0.03, 1e-3  # a large eps, so that gradients that are rounding errors only do not move the parameters
 KINDS = ["gpt2 ddp", "gpt2 fsdp2", "resnet ddp", "resnet fsdp2"]
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}
-
-
-class SmallResNetForImageClassification(ResNetForImageClassification):
-    def get_input_embeddings(self) -> Any:
-        """Return None: accelerate calls this under FSDP2, and transformers does not implement it for a ResNet."""
-
-
-def build(kind: str) -> Any:
-    torch.manual_seed(0)
-    if kind.startswith("gpt2"):
-        sizes: dict[str, Any] = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
-        sizes |= {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(**sizes))
-    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
-    return SmallResNetForImageClassification(ResNetConfig(**sizes | {"num_labels": 3}))
-
-
-def data(kind: str) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    if kind.startswith("gpt2"):
-        texts = torch.randint(16, (2 * GLOBAL_BATCH, 8), generator=generator)
-        return [{"input_ids": text, "labels": text} for text in texts]
-    images = torch.randn(2 * GLOBAL_BATCH, 1, 8, 8, generator=generator)
-    return [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
-
-
-def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def trainer_for(kind: str, folder: Path, *callbacks: TrainerCallback, cls: Any = Trainer, **options: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": GLOBAL_BATCH // dist.get_world_size(),
-        "per_device_eval_batch_size": GLOBAL_BATCH // dist.get_world_size(),
-        "train_sampling_strategy": "sequential",
-        "optim": "adamw_torch",
-        "learning_rate": LR,
-        "adam_epsilon": EPS,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "save_steps": STOP,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "ddp_find_unused_parameters": False,
-    }
-    if kind.endswith("fsdp2"):
-        arguments |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    return cls(
-        build(kind),
-        TrainingArguments(**(arguments | options)),
-        train_dataset=data(kind),
-        eval_dataset=data(kind)[:GLOBAL_BATCH],
-        callbacks=list(callbacks),
-    )
 
 
 class PlainRun(NamedTuple):
@@ -172,16 +105,12 @@ def test_average_is_that_of_a_plain_loop_also_when_resumed_on_other_ranks(tmp_pa
             check_statistics(saved)
 
 
-def losses(log: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
-    """Return all losses of a Trainer's log by step and name, in order."""
-    return {(entry["step"], key): entry[key] for entry in log for key in entry if key.endswith("_loss")}
-
-
 def check_log(kind: str, models: Sequence[dict[str, Tensor]], average: dict[str, Tensor], log: Any) -> None:
     """Check the logged losses: those of trained and averaged weights, the last one with recalibrated statistics."""
     logged = losses(log)
-    keys = [(2, "eval_loss"), (4, "eval_loss"), (4, "eval_swa_loss"), (6, "eval_loss"), (6, "eval_swa_loss")]
+    keys = [(step, name) for step in (2, 4, 6) for name in ("eval_loss", "eval_swa_loss")]
     assert list(logged) == [*keys, (6, "train_loss")]
+    assert logged[2, "eval_loss"] == logged[2, "eval_swa_loss"]  # before the first update
     expected: dict[tuple[int, str], dict[str, Tensor]] = {keys[-1]: average}
     if kind.startswith("gpt2"):
         expected |= {(step, "eval_loss"): models[step - START] for step in (4, 6)}
@@ -209,7 +138,7 @@ def test_one_process_ends_with_the_recalibrated_average_in_the_model(tmp_path: P
     trainer = trainer_for("resnet", tmp_path, eval_strategy="steps", eval_steps=STEPS)
     trainer = add_swa(trainer, swa_start=f"{START}ba", num_processes=1)
     trainer.train()
-    assert type(trainer.model_wrapped) is SmallResNetForImageClassification
+    assert type(trainer.model_wrapped) is type(build("resnet"))
     assert trainer.swa.num_averaged == STEPS - START + 1
     assert same_bits(trainer.model_wrapped.state_dict(), trainer.swa.average.full_state_dict())
     check_statistics(trainer.model_wrapped.state_dict())
@@ -292,20 +221,6 @@ def test_rate_of_the_swa_phase_wins_over_the_scheduler_and_only_optimizer_steps_
 
 
 @on_ranks(2)
-def test_average_alone_is_evaluated_on_several_datasets_until_training_ends(tmp_path: Path) -> None:
-    with launched():
-        trainer = trainer_for("gpt2 ddp", tmp_path, eval_strategy="steps", eval_steps=2)
-        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
-        add_swa(trainer, swa_start=f"{START}ba", evaluate="averaged").train()
-        averaged = [(step, f"eval_swa_{name}_loss") for step in (4, 6) for name in "ab"]
-        logged = list(losses(trainer.state.log_history))
-        assert logged == [(2, "eval_a_loss"), (2, "eval_b_loss"), *averaged, (6, "train_loss")]
-        metrics = trainer.evaluate()
-        assert metrics.keys() >= {"eval_a_loss", "eval_b_loss"}
-        assert not any("swa" in key for key in metrics)
-
-
-@on_ranks(2)
 def test_checkpoint_without_an_average_warns_and_averaging_starts_anew(tmp_path: Path) -> None:
     with launched():
         trainer_for("gpt2 ddp", tmp_path, max_steps=STOP).train()
@@ -361,35 +276,6 @@ def test_epochs_that_the_trainer_ends_are_no_reason_to_warn(tmp_path: Path) -> N
     assert (trainer.swa.schedule.steps_per_epoch, trainer.swa.num_averaged) == (None, STEPS // 2)
 
 
-seen_prefixes: list[str] = []
-
-
-class QuestionAnswering(Trainer):
-    """Has an `evaluate` with other arguments."""
-
-    def evaluate(  # type: ignore[override]
-        self, eval_dataset: Any = None, examples: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        seen_prefixes.append(metric_key_prefix)
-        return super().evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
-
-
-class MixedInQuestionAnswering(SWAMixin, QuestionAnswering):  # type: ignore[misc]
-    pass
-
-
-@pytest.mark.parametrize("is_mixed_in", [False, True])
-@on_ranks(2)
-def test_an_evaluate_with_other_arguments_is_called_for_both(tmp_path: Path, is_mixed_in: bool) -> None:
-    with launched():
-        start: dict[str, Any] = {"swa_start": f"{START}ba"}
-        cls: Any = partial(MixedInQuestionAnswering, swa_options=start) if is_mixed_in else QuestionAnswering
-        trainer = trainer_for("gpt2 ddp", tmp_path, cls=cls, eval_strategy="steps", eval_steps=2)
-        (trainer if is_mixed_in else add_swa(trainer, **start)).train()
-        prefixes, seen_prefixes[:] = seen_prefixes[:], []  # other cases run in the same process
-        assert prefixes == ["eval", "eval", "eval_swa", "eval", "eval_swa"]
-
-
 class EvaluatesAndRaises(TrainerCallback):
     """Evaluates with positional arguments in each step, and raises at step `STOP`."""
 
@@ -430,20 +316,6 @@ def test_epochs_are_counted_where_the_loader_has_no_length(tmp_path: Path) -> No
         trainer.train_dataset = Endless()
         add_swa(trainer, swa_start="1ep", update_interval="1ep").train()
         assert trainer.swa.num_averaged == STEPS // 2
-
-
-@on_ranks(2)
-def test_evaluating_the_average_does_not_change_the_run(tmp_path: Path) -> None:
-    """Each evaluation makes a pass over the training data."""
-    averages = []
-    for eval_steps in (1, STEPS):
-        with launched():
-            options: dict[str, Any] = {"train_sampling_strategy": "random", "eval_strategy": "steps"}
-            trainer = trainer_for("resnet ddp", tmp_path, eval_steps=eval_steps, **options)
-            trainer = add_swa(trainer, swa_start="1ba")
-            trainer.train()
-            averages.append(trainer.swa.average.full_state_dict())
-    assert same_bits(*averages)
 
 
 class Raises(TrainerCallback):
@@ -537,54 +409,3 @@ def test_recalibration_takes_a_forward_and_leaves_no_loader_behind(tmp_path: Pat
     if own_forward:
         assert len(batches) == 2 * (STEPS - START + 2)  # in each evaluation of the average and at the end
     check_statistics(trainer.model_wrapped.state_dict())
-
-
-BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-# The options of `add_swa`, the training arguments, and the error.
-WRONG_AT_TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "load_best_model_at_end": ({}, BEST, "needs load_best_model_at_end=False, got True"),
-    "samples": ({"swa_start": "9sp"}, {}, r"needs a schedule in ep, ba or dur, got units=\['sp'\]"),
-    "only averaged": ({"evaluate": "averaged"}, {"metric_for_best_model": "loss"}, "got .*'loss' with .*='averaged'"),
-    "metric of the average": ({}, {"metric_for_best_model": "eval_swa_loss"}, "every .* has, got .*'eval_swa_loss'"),
-    "number of processes": ({"num_processes": 4}, {}, "needs num_processes=4, got 2 of them"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_AT_TRAIN)
-@on_ranks(2)
-def test_wrong_options_raise_when_training_begins(tmp_path: Path, case: str) -> None:
-    options, arguments, message = WRONG_AT_TRAIN[case]
-    enter_fsdp()
-    with launched():
-        trainer = add_swa(trainer_for("gpt2 fsdp2", tmp_path, **arguments), **options)
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
-
-
-@on_ranks(1)
-def test_a_method_that_was_replaced_on_the_trainer_raises_when_training_begins(tmp_path: Path) -> None:
-    trainer: Any = add_swa(trainer_for("gpt2", tmp_path), swa_start=f"{START}ba")
-    trainer.evaluate = print
-    with pytest.raises(ValueError, match=r"needs the methods of its class, got replaced=\['evaluate'\]"):
-        trainer.train()
-    del trainer.evaluate
-    trainer.train()
-
-
-def test_add_swa_takes_trainers_only() -> None:
-    with pytest.raises(TypeError, match=r"add_swa needs a transformers.Trainer, got trainer='trainer'"):
-        add_swa("trainer")  # type: ignore[arg-type]
-
-
-@on_ranks(1)
-def test_add_swa_raises_for_a_wrong_choice_and_when_it_comes_twice_or_late(tmp_path: Path) -> None:
-    trainer = trainer_for("gpt2", tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match=r"evaluate needs one of averaged, trained, both, got evaluate='swa'"):
-        add_swa(trainer, evaluate="swa")
-    assert type(trainer) is Trainer
-    trainer.train()
-    with pytest.raises(RuntimeError, match=r"needs a Trainer before train\(\), got .* at global_step=1; call it"):
-        add_swa(trainer)
-    trainer = add_swa(trainer_for("gpt2", tmp_path))
-    with pytest.raises(RuntimeError, match=r"needs a Trainer without an average, got a SWATrainer; .*rule="):
-        add_swa(trainer)

@@ -1,0 +1,61 @@
+"""Checks of the options for accelerate and the Hugging Face Trainer, as early as these can be known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from dist_swa.integrations.trainer_metrics import is_of_average
+from dist_swa.swa import check_finalize_options, check_options
+
+_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+_EVALUATE = ("averaged", "trained", "both")
+
+
+def check_trainer(trainer: Any, evaluate: str, finalize_options: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise for options of `add_swa` and training arguments that do not fit together."""
+    if evaluate not in _EVALUATE:
+        raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
+    check_finalize_options(finalize_options)
+    own = {"num_processes", "name"} & options.keys()
+    schedule = check_options(options, also=["num_processes", "name", "evaluate", "finalize_options"])
+    if units := sorted(schedule.units & {"sp", "tok"}):
+        raise ValueError(f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
+    check_accelerator(trainer.accelerator, trainer.model, **{name: options[name] for name in own})
+    best = str(trainer.args.metric_for_best_model or "")
+    if best and evaluate == ("trained" if is_of_average(best) else "averaged"):
+        raise ValueError(
+            "SWA in a Trainer needs a metric_for_best_model that its evaluations give, got metric_for_best_model="
+            f"{best!r} with {evaluate=}; metrics of the average begin with 'swa_', and evaluate='both' gives all"
+        )
+    if replaced := sorted(vars(trainer).keys() & {"evaluate", "_save_checkpoint", "_inner_training_loop"}):
+        raise ValueError(
+            f"SWA in a Trainer needs the methods of its class, got {replaced=} on the trainer itself; override them in"
+            " a subclass"
+        )
+
+
+def check_accelerator(
+    accelerator: Accelerator, model: nn.Module | None, num_processes: int | None = None, name: str = "dist_swa"
+) -> None:
+    """Raise what `prepare_swa` raises for the accelerator and its own arguments, also before `prepare`. Local."""
+    kind = accelerator.distributed_type
+    parameters = [] if model is None else model.parameters()
+    if kind in _UNSUPPORTED or any(hasattr(parameter, "ds_id") for parameter in parameters):
+        kind = kind if kind in _UNSUPPORTED else DistributedType.DEEPSPEED
+        raise ValueError(
+            f"prepare_swa needs a model in DDP, FSDP1, FSDP2 or one process, got distributed_type={kind.value}; FSDP2"
+            " (fsdp_version: 2) shards as DeepSpeed's ZeRO-3 does"
+        )
+    if num_processes not in (None, accelerator.num_processes):
+        raise ValueError(
+            f"prepare_swa needs num_processes={num_processes}, got {accelerator.num_processes} of them, with"
+            f" distributed_type={kind.value}; see launch/accelerate for launches that run them all"
+        )
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
