@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from difflib import get_close_matches
-from inspect import signature
 from typing import Any
 
 import torch
@@ -16,14 +14,12 @@ from torch import nn
 
 from dist_swa.averaging.average import ShardedAverage
 from dist_swa.averaging.averages import checked_name, named_rules
-from dist_swa.averaging.checks import check_storage
 from dist_swa.averaging.format import check_keys
 from dist_swa.averaging.rules import Equal, Rule
 from dist_swa.batch_norm.frozen import FrozenLayers, skipping
-from dist_swa.batch_norm.recalibrate import check_arguments, recalibrate_batch_norm
-from dist_swa.lr_phase import LRPhase, SwaLr, check_phase
+from dist_swa.lr_phase import LRPhase, SwaLr
 from dist_swa.schedule import UNITS, Decision, Progress, Schedule
-from dist_swa.sharding.fqn import NamePattern, check_pattern
+from dist_swa.sharding.fqn import NamePattern
 
 
 class SWA:
@@ -105,7 +101,7 @@ class SWA:
         buffers: NamePattern = "copy",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.schedule = _checked_schedule(
+        self.schedule = checked_schedule(
             max_duration=max_duration,
             steps_per_epoch=steps_per_epoch,
             swa_start=swa_start,
@@ -338,43 +334,7 @@ class SWA:
         return state
 
 
-def check_options(options: Mapping[str, Any], also: Iterable[str] = ()) -> Schedule:
-    """Raise what `SWA` of any model would raise for its keyword arguments `options`, and return their schedule. Local.
-
-    For an adapter that takes the options before there is a model. Without `max_duration` the length of the run is
-    unknown. `also` are further names that the adapter takes. The schedule makes no steps.
-    """
-    values = _with_defaults(SWA, options, also)
-    check_phase(values["schedule_swa_lr"], values["swa_lr"], values["anneal_strategy"], values["anneal_steps"])
-    check_storage(values["dtype"], values["device"])
-    check_pattern(values["buffers"], "buffers")
-    if values["parameters"] is not None:
-        check_pattern(values["parameters"], "parameters")
-    return _checked_schedule(**values, is_length_known=values["max_duration"] is not None)
-
-
-def check_finalize_options(options: Mapping[str, Any]) -> None:
-    """Raise what `recalibrate_batch_norm` of any model would raise for its keyword arguments `options`. Local."""
-    values = _with_defaults(recalibrate_batch_norm, options)
-    check_arguments((), values["forward"], values["max_batches"], values["layerwise"])
-    if values["skip"] is not None:
-        check_pattern(values["skip"], "skip")
-
-
-def _with_defaults(function: Any, options: Mapping[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
-    """Return all keyword-only arguments of `function`. TypeError for a name that it does not have, unless in `also`."""
-    defaults = {
-        one.name: one.default for one in signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY
-    }
-    known = [*defaults, *also]
-    for name in [one for one in options if one not in known]:
-        close = get_close_matches(name, known, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
-        raise TypeError(f"{function.__name__} needs options that it knows, got {name}={options[name]!r}; {advice}")
-    return {**defaults, **options}
-
-
-def _checked_schedule(
+def checked_schedule(
     *,
     max_duration: str | None,
     steps_per_epoch: int | None,
@@ -386,6 +346,7 @@ def _checked_schedule(
     is_length_known: bool = True,
     **others: Any,
 ) -> Schedule:
+    """Return the schedule of an `SWA` with these arguments, or raise what it raises for them."""
     rules = named_rules(rule)
     checked_name("SWA(transfer=...)", transfer, rules)
     return Schedule(

@@ -22,6 +22,7 @@ LEVELS = {
     **dict.fromkeys(("sharding", "storage"), 1),
     **dict.fromkeys(("averaging", "batch_norm"), 2),
     "swa": 3,
+    "options": 3,
     "__init__": 4,
     "checkpoint": 5,
     **dict.fromkeys(("integrations", "__main__"), 6),

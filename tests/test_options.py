@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_swa import EMA, SWA, Equal, Window, recalibrate_batch_norm
-from dist_swa.swa import check_finalize_options, check_options
+from dist_swa.options import check_finalize_options, check_options
 
 WRONG: dict[str, dict[str, Any]] = {
     "time": {"swa_start": "abc"},

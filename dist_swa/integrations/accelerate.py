@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa import SWA, checkpoint
-from dist_swa.integrations.options import check_accelerator
+from dist_swa.integrations.trainer_options import check_accelerator
 
 # Weak: an average refers to its accelerator, and the hooks of the accelerator refer to the average.
 _attached: WeakSet[AcceleratedSWA] = WeakSet()

@@ -10,6 +10,7 @@ from typing import Any
 import dist_swa
 from dist_swa.batch_norm.frozen import skipping
 from dist_swa.integrations.full_state_dict import full_state_dict, load_full_state_dict
+from dist_swa.options import check_finalize_options, check_options
 
 try:
     from composer.core import Algorithm, Event, State, get_precision_context
@@ -109,6 +110,8 @@ class SWA(Algorithm):  # type: ignore[misc]
             "anneal_steps": anneal_steps,
             "swa_lr": swa_lr,
         }
+        check_options(self._options)
+        check_finalize_options(finalize_options or {})
         self._evaluates_average = evaluate == "averaged"
         self._finalize_options = {"forward": lambda module, batch: module(batch), **(finalize_options or {})}
         self._is_recalibrated = False

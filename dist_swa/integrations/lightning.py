@@ -25,7 +25,7 @@ from dist_swa.integrations.lightning_weights import (
     load_from_folder,
     load_trained,
 )
-from dist_swa.swa import check_finalize_options, check_options
+from dist_swa.options import check_finalize_options, check_options_of_trainer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -127,8 +127,7 @@ class SWACallback(Callback):
                 " configure_optimizers returns"
             )
         check_finalize_options(finalize_options or {})
-        if units := sorted(check_options(options).units & {"sp", "tok"}):
-            raise ValueError(f"SWACallback needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
+        check_options_of_trainer("SWACallback", options)
         self.swa: SWA | None = None
         self._evaluates_average = evaluate == "averaged"
         self._optimizer_index = optimizer

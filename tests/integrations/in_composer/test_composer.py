@@ -192,6 +192,20 @@ def test_an_unknown_value_of_evaluate_is_refused() -> None:
         SWA(evaluate="both")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"swa_strat": "1ep"}, "got swa_strat='1ep'; did you mean swa_start"),
+        ({"swa_start": "soon"}, "swa_start='soon'"),
+        ({"rule": 3}, "got rule=3"),
+        ({"finalize_options": {"max_batch": 3}}, "did you mean max_batches"),
+    ],
+)
+def test_bad_options_raise_where_the_algorithm_is_built(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        SWA(**options)
+
+
 def test_without_composer_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "composer.core", None)
     monkeypatch.delitem(sys.modules, "dist_swa.integrations.composer")

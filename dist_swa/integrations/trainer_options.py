@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dist_swa.integrations.trainer_metrics import is_of_average
-from dist_swa.swa import check_finalize_options, check_options
+from dist_swa.options import check_finalize_options, check_options_of_trainer
 
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 _EVALUATE = ("averaged", "trained", "both")
@@ -23,9 +23,8 @@ def check_trainer(trainer: Any, evaluate: str, finalize_options: Mapping[str, An
         raise ValueError(f"evaluate needs one of {', '.join(_EVALUATE)}, got {evaluate=}; 'both' is the default")
     check_finalize_options(finalize_options)
     own = {"num_processes", "name"} & options.keys()
-    schedule = check_options(options, also=["num_processes", "name", "evaluate", "finalize_options"])
-    if units := sorted(schedule.units & {"sp", "tok"}):
-        raise ValueError(f"SWA in a Trainer needs a schedule in ep, ba or dur, got {units=}; write '500ba' or '0.7dur'")
+    known = ["num_processes", "name", "evaluate", "finalize_options"]
+    check_options_of_trainer("SWA in a Trainer", options, also=known)
     check_accelerator(trainer.accelerator, trainer.model, **{name: options[name] for name in own})
     best = str(trainer.args.metric_for_best_model or "")
     if best and evaluate == ("trained" if is_of_average(best) else "averaged"):
