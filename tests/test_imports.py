@@ -22,7 +22,7 @@ LEVELS = {
     **dict.fromkeys(("sharding", "storage"), 1),
     **dict.fromkeys(("averaging", "batch_norm"), 2),
     "swa": 3,
-    "options": 3,
+    "options": 4,
     "__init__": 4,
     "checkpoint": 5,
     **dict.fromkeys(("integrations", "__main__"), 6),
@@ -113,7 +113,7 @@ ALLOWED = ("sharding.", "batch_norm.layers", "storage.metadata", "integrations."
 PRIVATE: dict[str, dict[str, int]] = {
     "batch_norm.layers": {"_BatchNorm": 1},
     "integrations.accelerate": {"_is_accelerate_prepared": 1, "_optimizers": 1},
-    "integrations.options": {"_inner_training_loop": 1, "_save_checkpoint": 1},
+    "integrations.trainer_options": {"_inner_training_loop": 1, "_save_checkpoint": 1},
     "integrations.transformers": {
         "_dataloaders": 1,
         "_get_output_dir": 1,
