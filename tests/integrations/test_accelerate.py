@@ -356,21 +356,21 @@ def run_readme(kind: str, folder: Path, epochs: int) -> None:
     with accelerated(kind):
         AcceleratorState._reset_state(reset_partial_state=True)  # the program makes its own Accelerator
         execute(code.replace(loop, f"now.epochs, {epochs})"), "dist_swa/integrations/README.md", names)
-        model, swa, best = names["model"], names["swa"], names["best"]
-        assert isinstance(model, WRAPPERS[kind[:5]])
-        assert (swa.schedule.now.epochs, swa.num_averaged) == (epochs, 10 * epochs - 11)  # from step 12 on
-        assert names["evaluate"]() == pytest.approx(best.loss, rel=1e-6)
-        checkpoint.export("checkpoint", f"exported-{epochs}")
-        for folder_of_weights, scored in (("best", best.loss), (f"exported-{epochs}", names["loss"])):
-            plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
-            plain.load_state_dict(load_file(f"{folder_of_weights}/model.safetensors"))
-            found = plain(names["held_out"]) - names["held_out"].sum(1, keepdim=True)
-            assert found.square().mean().item() == pytest.approx(scored, rel=1e-6)
+        assert isinstance(names["model"], WRAPPERS[kind[:5]])
+        assert names["epoch"] == epochs - 1
+        (step,) = names["best"].steps()
+        assert names["swa"].num_averaged == step - 11  # from step 12 on
+        lowest = names["lowest"].item()
+        assert names["evaluate"]() == pytest.approx(lowest, rel=1e-6)
+        checkpoint.export(f"best/step-{step:09}", f"exported-{epochs}")
+        plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
+        plain.load_state_dict(load_file(f"exported-{epochs}/model.safetensors"))
+        found = plain(names["held_out"]) - names["held_out"].sum(1, keepdim=True)
+        assert found.square().mean().item() == pytest.approx(lowest, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 def test_the_readme_resumes_and_loads_what_was_scored(tmp_path: Path, kind: str) -> None:
-
     run_on_ranks(run_readme, 2, kind, tmp_path, 3)
     run_on_ranks(run_readme, 3, kind, tmp_path, 4)
 

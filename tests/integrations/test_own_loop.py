@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import nn
 
+from dist_swa import checkpoint
 from markdown_blocks import code_for, execute
 from markdown_setups import as_by_torchrun
 from ranks import run_on_ranks
@@ -22,22 +23,27 @@ FULLY_SHARD = {
 def run_readme(folder: Path, replaced: dict[str, str], epochs: int) -> None:
     """Run the program up to a number of epochs, and check that it loads what it scored."""
     os.chdir(folder)
-    code = code_for(README)
-    for old, new in {**replaced, "STEPS, EPOCHS)": f"STEPS, {epochs})", "dist.destroy_process_group()": ""}.items():
+    code, loop = code_for(README), "// STEPS, EPOCHS)"
+    for old, new in {**replaced, loop: f"// STEPS, {epochs})", "dist.destroy_process_group()": ""}.items():
         assert old in code
         code = code.replace(old, new)
     names: dict[str, Any] = {}
     with as_by_torchrun():
         execute(code, "dist_swa/integrations/README.md", names)
-        assert names["done"] == (None if epochs == 3 else 60)
-        assert names["swa"].num_averaged == 20 * epochs - 39  # from step 40 on
-        assert names["evaluate"](names["model"]) == pytest.approx(names["best"].item(), rel=1e-6)
+        assert names["epoch"] == epochs - 1
+        assert names["checkpoints"].steps() == [20 * epoch for epoch in (1, 2, 3, 4)][:epochs][-3:]
+        (step,) = names["best"].steps()
+        assert names["swa"].num_averaged == step - 39  # from step 40 on
+        lowest = names["lowest"].item()
+        assert names["evaluate"]() == pytest.approx(lowest, rel=1e-6)
+        out = f"averaged-{epochs}-{names['dist'].get_rank()}"
         names["dist"].destroy_process_group()
+    checkpoint.export(f"best/step-{step:09}", out)
     plain = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 1)).eval()
-    plain.load_state_dict(load_file("best/model.safetensors"))
+    plain.load_state_dict(load_file(f"{out}/model.safetensors"))
     held_out = names["held_out"]
     loss = (plain(held_out) - held_out.sum(1, keepdim=True)).square().mean().item()
-    assert loss == pytest.approx(names["best"].item(), rel=1e-6)
+    assert loss == pytest.approx(lowest, rel=1e-6)
 
 
 @pytest.mark.parametrize("replaced", [{}, FULLY_SHARD], ids=["DDP", "fully_shard"])
