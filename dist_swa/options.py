@@ -12,6 +12,7 @@ from dist_swa.batch_norm.recalibrate import check_arguments, recalibrate_batch_n
 from dist_swa.lr_phase import check_phase
 from dist_swa.schedule import Schedule
 from dist_swa.sharding.fqn import check_pattern
+from dist_swa.sharding.model import check_group
 from dist_swa.swa import SWA, checked_schedule
 
 
@@ -24,6 +25,7 @@ def check_options(options: Mapping[str, Any], also: Iterable[str] = ()) -> Sched
     values = _with_defaults(SWA, options, also)
     check_phase(values["schedule_swa_lr"], values["swa_lr"], values["anneal_strategy"], values["anneal_steps"])
     check_storage(values["dtype"], values["device"])
+    check_group(values["process_group"])
     check_pattern(values["buffers"], "buffers")
     if values["parameters"] is not None:
         check_pattern(values["parameters"], "parameters")
@@ -38,6 +40,11 @@ def check_options_of_trainer(name: str, options: Mapping[str, Any], also: Iterab
 
 def check_finalize_options(options: Mapping[str, Any]) -> None:
     """Raise what `recalibrate_batch_norm` of any model would raise for its keyword arguments `options`. Local."""
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"finalize_options needs a mapping, got finalize_options={options!r}; pass a dict such as"
+            " {'max_batches': 100}"
+        )
     values = _with_defaults(recalibrate_batch_norm, options)
     check_arguments((), values["forward"], values["max_batches"], values["layerwise"])
     if values["skip"] is not None:

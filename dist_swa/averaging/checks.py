@@ -64,7 +64,12 @@ def check_storage(dtype: Any, device: Any) -> None:
         raise TypeError(f"ShardedAverage needs a torch.dtype, got dtype={dtype!r}; torch.float32 is the default")
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"ShardedAverage needs a floating dtype, got dtype={dtype}; torch.float32 is the default")
-    if device is not None and torch.device(device).type == "meta":
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"ShardedAverage needs a device, got {device=}; leave it out, or pass 'cpu' or 'cuda'") from error
+    if where is not None and where.type == "meta":
         raise ValueError("ShardedAverage needs a device with memory, got device='meta'; leave it out")
 
 

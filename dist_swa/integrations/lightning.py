@@ -63,8 +63,8 @@ class SWACallback(Callback):
     ``load_from_checkpoint`` and ``test(ckpt_path="best")`` load the model that was monitored. This holds from the first
     update until ``fit`` ends or `swa_end` is reached, also with ``save_weights_only``. The trained values of what was
     averaged are in ``checkpoint["dist_swa"]["trained"]`` (in a folder, beside the sharded average), and
-    ``fit(ckpt_path=...)`` goes on from them. Without the callback it would go on from the average. Memory of a save: a
-    copy of the averaged weights of this rank.
+    ``fit(ckpt_path=...)`` goes on from them. Without the callback it would go on from the average. Memory of a save: two
+    copies of the trained weights of this rank.
 
     With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of a scheduler.
 
@@ -127,6 +127,12 @@ class SWACallback(Callback):
                 " configure_optimizers returns"
             )
         check_finalize_options(finalize_options or {})
+        is_read_again = isinstance(recalibrate_on, Iterable) and not isinstance(recalibrate_on, Iterator)
+        if recalibrate_on is not None and not is_read_again:
+            raise TypeError(
+                f"recalibrate_on needs batches that can be read again, got {recalibrate_on=}; pass a DataLoader or a"
+                " list"
+            )
         check_options_of_trainer("SWACallback", options)
         self.swa: SWA | None = None
         self._evaluates_average = evaluate == "averaged"
@@ -154,8 +160,9 @@ class SWACallback(Callback):
         if stage == "fit":
             self._detach()  # from a fit that raised
             self.swa = self._saved = None
-            self._num_steps = self._num_steps if trainer.global_step else 0
-            self._weights = ModuleWeights(trainer.strategy)
+            is_same = self._counter is not None and self._counter.trainer is trainer
+            self._num_steps = self._num_steps if is_same and trainer.global_step else 0
+            self._weights = ModuleWeights(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -165,7 +172,7 @@ class SWACallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING:  # the module is meant to have what ``state_dict`` has
             return
         saved = checkpoint.get(KEY, Path(str(trainer.ckpt_path)))
-        load_trained(trainer, pl_module, saved)
+        load_trained(trainer, pl_module, checkpoint, saved)
         self._num_steps = checkpoint.get(_STEPS_KEY, 0)
         # What was saved before training started, as by a LearningRateFinder, says nothing about averages.
         if saved != {} and self.swa is None:
@@ -297,7 +304,7 @@ class SWACallback(Callback):
             return
         # ShardedTensor, which FSDP1 may save, has no public name.
         is_sharded = any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values())
-        trained = model.trained()
+        trained = model.trained(weights)
         with model.in_model(averaged=False):
             state = self.swa.state_dict() if is_sharded else full_state_dict(self.swa)
         # In a folder, ``state_dict`` is the part that Lightning writes with torch.distributed.checkpoint.

@@ -21,7 +21,7 @@ class StepCounter:
     """Counts the steps of `optimizer`, or of all optimizers of `trainer` if it is None."""
 
     def __init__(self, trainer: Trainer, optimizer: Optimizer | None) -> None:
-        self._trainer, self._steps, self._taken = trainer, 0, trainer.global_step
+        self.trainer, self._steps, self._taken = trainer, 0, trainer.global_step
         self._hook = None
         if optimizer is not None:
             self._taken = 0
@@ -29,7 +29,7 @@ class StepCounter:
 
     def take(self) -> int:
         """Return the number of steps since the last call."""
-        steps = self._trainer.global_step if self._hook is None else self._steps
+        steps = self.trainer.global_step if self._hook is None else self._steps
         taken, self._taken = self._taken, steps
         return steps - taken
 

@@ -13,8 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from dist_swa import SWA, checkpoint
 from dist_swa.checkpoint.entries import TRAINED
@@ -23,7 +25,7 @@ from dist_swa.sharding.fqn import clean_name
 
 try:
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import FSDPStrategy, Strategy
+    from lightning.pytorch.strategies import FSDPStrategy
 except ImportError as error:
     raise ImportError(
         f"dist_swa.integrations.lightning needs lightning, got {error}; pip install 'dist_swa[lightning]'"
@@ -33,22 +35,27 @@ KEY = "dist_swa"  # of the average in a checkpoint; below `TRAINED` are the trai
 
 
 class ModuleWeights:
-    """Swaps averaged weights into the module for a validation, and puts them into the ``state_dict`` of checkpoints.
+    """Swaps averaged weights into the module of `trainer` for a validation, and while a checkpoint is saved.
 
-    `swa` is the one whose average is used, while it is unfinished. It takes the place of
-    ``strategy.lightning_module_state_dict`` until `detach`, because Lightning calls no callback for a checkpoint with
-    ``save_weights_only``.
+    `swa` is the one whose average is used, while it is unfinished. Until `detach`, ``trainer.save_checkpoint`` has the
+    averaged weights in the module: Lightning calls no callback for ``save_weights_only``, and a module's own
+    ``state_dict`` and ``on_save_checkpoint`` see the weights that they are to save.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.swa: SWA | None = None
-        self._strategy = strategy
-        self._lightning_state_dict = strategy.lightning_module_state_dict
+        self._trainer = trainer
         self._swap, self._is_swapped_in = ExitStack(), False
-        strategy.lightning_module_state_dict = self.state_dict  # type: ignore[method-assign]
+        save = trainer.save_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+            with self.in_model(averaged=True):
+                save(*args, **kwargs)
+
+        trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        vars(self._strategy).pop("lightning_module_state_dict", None)
+        vars(self._trainer).pop("save_checkpoint", None)
         self.swa = None
 
     @property
@@ -62,7 +69,7 @@ class ModuleWeights:
             self._is_swapped_in = False
             self._swap.close()
         elif self.swa is not None and self.are_averaged and not self._is_swapped_in:
-            self.swa.average.broadcast_buffers()  # Lightning validates without DDP's forward, which would do it
+            self.swa.average.broadcast_buffers()  # so that all ranks validate the model of the checkpoint
             self._swap.enter_context(self.swa.swapped_in())
             self._is_swapped_in = True
 
@@ -76,49 +83,61 @@ class ModuleWeights:
         finally:
             self.put_in_model(averaged=before)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights for a checkpoint, as Lightning would for a module that has them."""
-        return self._state_dict(self.are_averaged)
+    def trained(self, averaged: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the trained values of what differs from `averaged`, the ``state_dict`` of a checkpoint.
 
-    def trained(self) -> dict[str, Any]:
-        """Return the trained values of what the averaged `state_dict` replaces; {} where that has trained weights."""
-        if not self.are_averaged:
+        Inside ``save_checkpoint``. Memory: a copy of the trained weights of this rank.
+        """
+        if self.swa is None or not self._is_swapped_in:
             return {}
-        is_first = rank_and_world_size(None)[0] == 0
-        return {
-            name: value
-            for name, value in self._state_dict(averaged=False).items()
-            # DCP would save a buffer from any rank. The ranks may have different statistics.
-            if self._replaces(name) and (is_first or type(value) is not Tensor)
-        }
+        with self.in_model(averaged=False):
+            state = self._trainer.strategy.lightning_module_state_dict()
+            swapped = self._swapped_storages() - {None}
+            state |= copy.deepcopy({name: value for name, value in state.items() if _storage(value) in swapped})
+        names, is_first = self.swa.average.swapped_names, rank_and_world_size(None)[0] == 0
 
-    def _state_dict(self, averaged: bool) -> dict[str, Any]:
-        """Return Lightning's state dict with averaged or trained weights. Copies, if the module has the other ones."""
-        if averaged == self._is_swapped_in:
-            return self._lightning_state_dict()
-        with self.in_model(averaged=averaged):
-            state = self._lightning_state_dict()
-            written = {name: value for name, value in state.items() if self._replaces(name)}
-            return state | copy.deepcopy(written)
+        def differs(name: str, value: Any) -> bool:
+            if type(value) is not Tensor:
+                return clean_name(name) in names
+            # DCP would save a plain tensor from any rank. The ranks may have different statistics.
+            return is_first and not _is_same(value, averaged.get(name))
 
-    def _replaces(self, name: str) -> bool:
-        return self.swa is not None and clean_name(name) in self.swa.average.swapped_names
+        return {name: value for name, value in state.items() if differs(name, value)}
+
+    def _swapped_storages(self) -> set[int | None]:
+        """Return where the module has what the average replaces."""
+        module, names = self._trainer.lightning_module, cast(SWA, self.swa).average.swapped_names
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        return {_storage(tensor) for name, tensor in tensors if clean_name(name) in names}
 
 
-def load_trained(trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any] | Path) -> None:
+def _storage(value: Any) -> int | None:
+    """Return the address of the memory of a tensor, or of this rank's part of it; None where it has none."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return (local.untyped_storage().data_ptr() or None) if type(local) in (Tensor, nn.Parameter) else None
+
+
+def _is_same(value: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and value.dtype == other.dtype and torch.equal(value, other)
+
+
+def load_trained(trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any], saved: Any) -> None:
     """Put the trained weights of a checkpoint into the module, if it has averaged ones in its ``state_dict``.
 
-    `saved`: what one file has under `KEY`, or the path of a folder. Every rank calls it.
+    `loaded`: the checkpoint as Lightning has loaded it. `saved`: what it has under `KEY`, or the path of a folder.
+    Every rank calls it.
     """
-    options = StateDictOptions(full_state_dict=not isinstance(saved, Path), strict=False)
     if isinstance(saved, Path):
         trained = _read_trained(trainer, saved) if saved.is_dir() else {}
     else:
         trained = saved.get(TRAINED, {})
     if trained and trainer.strategy.restore_checkpoint_after_setup:
+        options = StateDictOptions(full_state_dict=not isinstance(saved, Path), strict=False)
         set_model_state_dict(cast(nn.Module, trainer.model), trained, options=options)
-    elif trained:
-        pl_module.load_state_dict(trained, strict=False)
+    elif trained:  # as Lightning does it
+        loaded = {**loaded, "state_dict": {**loaded["state_dict"], **trained}}
+        pl_module.on_load_checkpoint(loaded)
+        trainer.strategy.load_model_state_dict(loaded, strict=pl_module.strict_loading)
 
 
 def _read_trained(trainer: Trainer, folder: Path) -> dict[str, Any]:

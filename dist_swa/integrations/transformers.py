@@ -88,7 +88,7 @@ class SWAMixin(Trainer):
     def _set_up_swa(
         self, *, evaluate: str = "both", finalize_options: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        finalize_options = dict(finalize_options or {})
+        finalize_options = {} if finalize_options is None else finalize_options
         check_trainer(self, evaluate, finalize_options, options)
         self._swa_evaluate, self._swa_options, self._swa_finalize_options = evaluate, options, finalize_options
         # First in the list, because other callbacks may save a checkpoint after a step, or the model after the last.

@@ -55,11 +55,7 @@ class ModelShards:
         if self._ddp is not None and process_group is not None:
             raise ValueError("a DDP model needs no process_group, got one besides its own; leave process_group out")
         self.group = process_group if self._ddp is None else self._ddp.process_group
-        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(
-                f"process_group needs a group that this rank is in, got process_group={self.group!r}; call this on its"
-                " ranks only"
-            )
+        check_group(self.group)
         self._fsdp_modules = find_fsdp_modules(self.module)
         self._flat_meshes: FlatMeshes = {}
         self._replica_mesh: DeviceMesh | None = None
@@ -276,3 +272,12 @@ class ModelShards:
             for shard in shards
         ]
         check_replicas([shard.name for shard in shards], fingerprints, mesh.get_group(), self.device)
+
+
+def check_group(group: Any) -> None:
+    """Raise TypeError unless `group` is None or a process group that this rank is in."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group needs a group that this rank is in, got process_group={group!r}; call this on its ranks"
+            " only"
+        )

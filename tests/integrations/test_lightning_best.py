@@ -270,3 +270,36 @@ def test_statistics_are_recalibrated_before_each_validation_of_the_average() -> 
     again = Record()
     fit(Scored(), [SWACallback(evaluate="trained", **LATE), again], "fsdp2", validate=True)
     assert all(same_bits(one, other) for one, other in zip(record.states, again.states, strict=True))
+
+
+class Renamed(Scored):
+    """Saves its weights without "net.", and loads them so."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {name.removeprefix("net."): value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({f"net.{name}": value for name, value in state_dict.items()}, *args, **kwargs)
+
+
+class Rewritten(Scored):
+    """Saves its weights itself, without the frozen ones, and loads them itself."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"my.{name}": value for name, value in self.net.state_dict().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        names = {name: name.replace("my.", "net.") for name in weights}
+        checkpoint["state_dict"] = {names[name]: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("build", [Renamed, Rewritten])
+def test_a_module_may_save_in_its_own_way(build: Any, tmp_path: Path) -> None:
+    whole, keep, module, again = Record(), best_of(tmp_path), build(), Record()
+    fit(module, [SWACallback(**SHARED), whole, keep], validate=True)
+    for best, monitored in keep.best_k_models.items():
+        assert score(build.load_from_checkpoint(best), "") == pytest.approx(float(monitored), rel=1e-6)
+    path = tmp_path / f"step={2 * STEPS}.ckpt"
+    fit(build(), [SWACallback(**SHARED), again], validate=True, resume=path)
+    assert all(same_bits(one, other) for one, other in zip(again.states, whole.states[2 * STEPS :], strict=True))

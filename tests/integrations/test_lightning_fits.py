@@ -302,6 +302,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rule": ({"rule": 3}, "got rule=3"),
     "name": ({"rule": {"a": None}}, "got rule=None"),
     "buffers": ({"buffers": 3}, "got buffers=3"),
+    "recalibrate_on": ({"recalibrate_on": 3}, "batches that can be read again, got recalibrate_on=3"),
+    "an iterator": ({"recalibrate_on": iter([1])}, "batches that can be read again"),
+    "no mapping": ({"finalize_options": 3}, "finalize_options needs a mapping, got finalize_options=3"),
+    "device": ({"device": "nonsense"}, "needs a device, got device='nonsense'"),
+    "type of device": ({"device": 3.5}, "needs a device, got device=3.5"),
+    "group": ({"process_group": 3}, "got process_group=3"),
     "finalize_options": ({"finalize_options": {"forwad": print}}, "did you mean forward"),
 }
 
@@ -310,3 +316,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_options_raise_where_the_callback_is_built(options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         SWACallback(**options)
+
+
+def test_counts_of_one_optimizer_are_those_of_the_trainer() -> None:
+    swa, data = SWACallback(optimizer=0, swa_start="1ba"), loader(STEPS, False)
+    first = Gan()
+    it = fit(first, [swa], data=data)
+    fit(Gan(), [swa], data=data, max_epochs=1)
+    with lightnings_own_warnings():
+        it.fit_loop.max_epochs = EPOCHS + 1
+        it.fit(first, data)
+    assert swa_of(swa).schedule.now.batches == 2  # of this fit: another Trainer came between

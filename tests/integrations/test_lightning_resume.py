@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import read
-from dist_swa import EMA, Equal, Window
+from dist_swa import EMA, Equal, Window, checkpoint
 from dist_swa.integrations.lightning import SWACallback
 from lightning_run import EPOCHS, SCHEDULE, STEPS, STRATEGIES, Module, Stop, fit, lightnings_own_warnings, swa_of
 from models import same_bits
@@ -106,9 +107,21 @@ def start_fsdp1(swa: SWACallback, strategy: FSDP1, path: Path | None = None) -> 
     strategy.connect(cast(pl.LightningModule, model))
     length = {"num_training_batches": 6, "max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1}
     length["estimated_stepping_batches"] = 6
+
+    def save(path: Path) -> None:
+        saved: dict[str, Any] = {"state_dict": strategy.lightning_module_state_dict()}
+        swa.on_save_checkpoint(it, Module(), saved)
+        if any(isinstance(value, DTensor) for value in saved["state_dict"].values()):
+            dcp_save({"model": saved["state_dict"]}, checkpoint_id=path)
+        elif dist.get_rank() == 0:
+            torch.save(saved, path)
+        dist.barrier()
+
     it: Any = SimpleNamespace(
         callbacks=[swa],
         model=model,
+        lightning_module=model,
+        save_checkpoint=save,
         optimizers=[sgd(model)],
         strategy=strategy,
         state=SimpleNamespace(fn=TrainerFn.FITTING),
@@ -142,16 +155,12 @@ def test_fsdp1_attaches_and_resumes(state_dict_type: Any, tmp_path: Path) -> Non
         it.global_step += 1
         first.on_train_batch_end(it)
     trained = read(it.model)
-    saved = {"state_dict": it.strategy.lightning_module_state_dict()}
-    first.on_save_checkpoint(it, Module(), saved)
-    if state_dict_type == "sharded":
-        dcp_save({"model": saved["state_dict"]}, checkpoint_id=tmp_path / "saved")
-    elif dist.get_rank() == 0:
-        torch.save(saved, tmp_path / "saved")
-    dist.barrier()
-    whole = {key: getattr(saved["state_dict"][key], "full_tensor", saved["state_dict"][key].clone)() for key in trained}
+    it.save_checkpoint(tmp_path / "saved")
+    scored = checkpoint.open_checkpoint(tmp_path / "saved").read if state_dict_type == "sharded" else None
+    weights = {} if scored else torch.load(tmp_path / "saved", weights_only=True)["state_dict"]
     averaged = swa_of(first).average.full_state_dict()
-    assert dist.get_rank() > 0 or same_bits(whole, averaged)
+    found = {name: scored(f"model.{name}") if scored else weights[name] for name in averaged}
+    assert same_bits(found, averaged)
     resumed = start_fsdp1(again, FSDP1(state_dict_type=state_dict_type), tmp_path / "saved")
     assert same_bits(read(resumed.model), trained)
     assert swa_of(again).num_averaged == 2
