@@ -58,7 +58,7 @@ def train(folder: Path, device: torch.device, report: Callable[[dict[str, Any]],
 def load_batch(step: int) -> torch.Tensor:
     """Return this worker's part of a global batch."""
     batch = torch.randn(GLOBAL_BATCH, 4, generator=torch.Generator().manual_seed(step))
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+    return batch.tensor_split(dist.get_world_size())[dist.get_rank()]
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -75,7 +75,8 @@ def main(folder: Path, workers: int, gpu: bool = False) -> None:
     )
     trainer.fit()
     # dist_swa: needs no workers; load_state_dict(safetensors.torch.load_file("FOLDER/averaged.safetensors"))
-    checkpoint.export(folder / f"checkpoints/step-{STEPS:09}", folder / "averaged.safetensors", key="swa")
+    if not (folder / "averaged.safetensors").exists():
+        checkpoint.export(folder / f"checkpoints/step-{STEPS:09}", folder / "averaged.safetensors", key="swa")
 
 
 def parse_args() -> argparse.Namespace:

@@ -33,9 +33,12 @@ srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_
 step=$!
 status=0
 wait "$step" || status=$?
-if [[ $stopping ]]; then # the signal may have ended `wait`
+while kill -0 "$step" 2>/dev/null; do # a signal has ended `wait`, and the ranks are still saving
+    wait "$step" || true
+done
+if [[ $stopping ]]; then
     status=0
-    wait "$step" || status=$?
+    wait "$step" || status=$? # of the step, not of a `wait` that a signal has ended
     # torchrun that got SIGUSR1 fails, also if the training has just ended: the next job then finds nothing to do.
     if ((status)); then
         echo "launch/slurm.sh: requeues job $SLURM_JOB_ID after SIGUSR1" >&2

@@ -165,7 +165,7 @@ def transformers_best(names: Names) -> Iterator[None]:
     }
     names |= {"TrainingArguments": transformers.TrainingArguments, "Trainer": transformers.Trainer}
     names |= {"add_swa": add_swa}
-    is_first_launch = not Path("run").exists()
+    is_first_launch = not Path("best-run").exists()
     on_step_end = DefaultFlowCallback.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

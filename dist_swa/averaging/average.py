@@ -320,7 +320,7 @@ class ShardedAverage:
         self._averages.select_before_first_update()
 
     def _require_whole_checkpoint(self) -> None:
-        if any(shard.layout is not None for shard in self._shards.averaged):
+        if any(shard.layout is not None and shard.layout.mesh.size() > 1 for shard in self._shards.averaged):
             check_keeps_all_ranks()
 
     def _require_average(self, action: str) -> None:

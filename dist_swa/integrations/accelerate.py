@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -133,10 +133,10 @@ class AcceleratedSWA(SWA):
 
     def load_existing(self, folder: Path | None) -> bool:
         """Load what `save` saved into the `folder` of the first rank. False if it does not exist. A collective."""
-        (existing,) = broadcast_object_list([folder if folder is not None and folder.exists() else None])
-        if existing is not None:
-            checkpoint.load({"swa": self}, existing)
-        return existing is not None
+        found = existing(folder)
+        if found is not None:
+            checkpoint.load({"swa": self}, found)
+        return found is not None
 
     def detach(self) -> None:
         """Remove all hooks: no more steps are counted, and checkpoints of the accelerator do not have the average."""
@@ -206,3 +206,9 @@ def prepare_swa(
         elif swa.name == name:
             raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
     return AcceleratedSWA(accelerator, model, optimizer, name, **options)
+
+
+def existing(folder: Path | None) -> Path | None:
+    """Return the `folder` of the first rank if it exists there, or None. A collective."""
+    (found,) = broadcast_object_list([folder if folder is not None and folder.exists() else None])
+    return cast("Path | None", found)

@@ -63,8 +63,8 @@ class SWACallback(Callback):
     ``load_from_checkpoint`` and ``test(ckpt_path="best")`` load the model that was monitored. This holds from the first
     update until ``fit`` ends or `swa_end` is reached, also with ``save_weights_only``. The trained values of what was
     averaged are in ``checkpoint["dist_swa"]["trained"]`` (in a folder, beside the sharded average), and
-    ``fit(ckpt_path=...)`` goes on from them. Without the callback it would go on from the average. Memory of a save: two
-    copies of the trained weights of this rank.
+    ``fit(ckpt_path=...)`` goes on from them. Without the callback it would go on from the average. Memory of a save:
+    two copies of the trained weights of this rank.
 
     With `schedule_swa_lr`, each optimizer step from `swa_start` on uses the rate of `SWA`, and not that of a scheduler.
 

@@ -32,6 +32,12 @@ def check_trainer(trainer: Any, evaluate: str, finalize_options: Mapping[str, An
             "SWA in a Trainer needs a metric_for_best_model that its evaluations give, got metric_for_best_model="
             f"{best!r} with {evaluate=}; metrics of the average begin with 'swa_', and evaluate='both' gives all"
         )
+    datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    if named := [name for name in datasets if str(name).startswith("swa_")]:
+        raise ValueError(
+            f"SWA in a Trainer needs evaluation data with names that do not begin with 'swa_', got {named=}; metrics of"
+            " the average begin so"
+        )
     if replaced := sorted(vars(trainer).keys() & {"evaluate", "_save_checkpoint", "_inner_training_loop"}):
         raise ValueError(
             f"SWA in a Trainer needs the methods of its class, got {replaced=} on the trainer itself; override them in"

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa.batch_norm.frozen import skipping
-from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
+from dist_swa.integrations.accelerate import AcceleratedSWA, existing, prepare_swa
 from dist_swa.integrations.trainer_metrics import Names, Recorded, is_of_average, merged, recorded
 from dist_swa.integrations.trainer_options import check_trainer
 
@@ -144,17 +144,18 @@ class SWAMixin(Trainer):
         swa, options = self.swa, self._swa_recalibration_options()
         swa.detach()
         takes_best = self.args.load_best_model_at_end and swa.num_averaged > 0
-        if takes_best and not is_of_average(str(self.args.metric_for_best_model)):
+        best = None if self.state.best_model_checkpoint is None else Path(self.state.best_model_checkpoint)
+        if takes_best and not is_of_average(str(self.args.metric_for_best_model)) and existing(best):
             self._swa_metrics_of_model = "trained"
             return
-        best = self.state.best_model_checkpoint
-        has_best = takes_best and swa.load_existing(None if best is None else Path(best, _FOLDER))
+        has_best = takes_best and swa.load_existing(best and best / _FOLDER)
         if has_best:
             options = {"skip": lambda layer: True}  # the statistics were evaluated, and stay
         elif takes_best:
             warnings.warn(
-                f"load_best_model_at_end needs the average of the best checkpoint, got best_model_checkpoint={best!r}"
-                " without one; the model gets the average of the last step",
+                "load_best_model_at_end needs the best checkpoint, with the average that was scored, got"
+                f" best_model_checkpoint={self.state.best_model_checkpoint!r}; the model gets the average of the last"
+                " step",
                 stacklevel=2,
             )
         if swa.num_averaged or not has_best:  # the best checkpoint may be older than the first update

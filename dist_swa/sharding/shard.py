@@ -154,6 +154,11 @@ class MeshShard(LocalShard):
     def local_of(self, whole: Tensor) -> Tensor:
         if not isinstance(whole, DTensor) or self.layout != (whole.device_mesh, whole.placements):
             raise self.error_of_layout(whole)
+        if whole.device_mesh.get_coordinate() != self.layout.mesh.get_coordinate():
+            raise ValueError(
+                f"load_state_dict needs this rank's part of {self.name}, got that of another rank; load the checkpoint"
+                " with dist_swa.checkpoint.load or torch.distributed.checkpoint"
+            )
         return to_local(whole)
 
 

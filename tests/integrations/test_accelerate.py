@@ -350,19 +350,19 @@ def run_readme(kind: str, folder: Path, epochs: int) -> None:
     """Run the program of the guide up to a number of epochs, and check that it loads what it scored."""
     os.chdir(folder)
     enter_fsdp()
-    code, loop = code_for(README), "now.epochs, EPOCHS)"
+    code, loop = code_for(README), "EPOCHS + 1)"
     assert loop in code
     names: dict[str, Any] = {}
     with accelerated(kind):
         AcceleratorState._reset_state(reset_partial_state=True)  # the program makes its own Accelerator
-        execute(code.replace(loop, f"now.epochs, {epochs})"), "dist_swa/integrations/README.md", names)
+        execute(code.replace(loop, f"{epochs} + 1)"), "dist_swa/integrations/README.md", names)
         assert isinstance(names["model"], WRAPPERS[kind[:5]])
-        assert names["epoch"] == epochs - 1
-        (step,) = names["best"].steps()
-        assert names["swa"].num_averaged == step - 11  # from step 12 on
+        assert (names["epoch"], names["done"]) == (epochs, None if epochs == 3 else 3)
+        (best,) = names["best"].steps()
+        assert names["swa"].num_averaged == 10 * best - 11  # from step 12 on
         lowest = names["lowest"].item()
         assert names["evaluate"]() == pytest.approx(lowest, rel=1e-6)
-        checkpoint.export(f"best/step-{step:09}", f"exported-{epochs}")
+        checkpoint.export(f"best/step-{best:09}", f"exported-{epochs}")
         plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
         plain.load_state_dict(load_file(f"exported-{epochs}/model.safetensors"))
         found = plain(names["held_out"]) - names["held_out"].sum(1, keepdim=True)

@@ -142,15 +142,20 @@ LOST: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", LOST)
+@pytest.mark.filterwarnings("ignore:.*Could not locate the best model")
+@pytest.mark.parametrize(
+    ("case", "metric"), [*((case, "swa_loss") for case in LOST), ("checkpoint", "loss"), ("never saved", "loss")]
+)
 @on_ranks(1)
-def test_without_the_best_average_the_last_one_goes_into_the_model_with_a_warning(tmp_path: Path, case: str) -> None:
+def test_without_the_best_average_the_last_one_goes_into_the_model_with_a_warning(
+    tmp_path: Path, case: str, metric: str
+) -> None:
     folder, options = LOST[case]
     callbacks = [] if folder is None else [RemovesAverage(folder)]
-    options = FIRST_IS_BEST | {"metric_for_best_model": "swa_loss", "eval_delay": STOP} | options
+    options = FIRST_IS_BEST | {"metric_for_best_model": metric, "eval_delay": STOP} | options
     trainer: Any = add_swa(trainer_for("gpt2", tmp_path, *callbacks, **options), swa_start=f"{START}ba")
     with pytest.warns(
-        UserWarning, match="needs the average of the best checkpoint, got best_model_checkpoint="
+        UserWarning, match="needs the best checkpoint, with the average that was scored, got best_model_checkpoint="
     ) as found:
         trainer.train()
     assert len([one for one in found if "best" in str(one.message)]) == 1
