@@ -230,6 +230,32 @@ def test_other_savers_of_one_rank_raise_too(tmp_path: Path, wrapper: str) -> Non
             action(swa, folder)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2, one file"])
+@on_ranks(1)
+def test_fabric_save_of_an_average_on_one_rank_has_all_of_it(tmp_path: Path, strategy: str) -> None:
+    model = set_up(strategy)
+    first, again = (ShardedAverage(model) for _ in range(2))
+    first.update()
+    fabric_of(strategy).save(tmp_path / "saved", {"model": model, "average": first})
+    again.load_state_dict(torch.load(tmp_path / "saved", weights_only=False)["average"])
+    assert same_bits(again.full_state_dict(), first.full_state_dict())
+
+
+@on_ranks(2)
+def test_the_part_of_another_rank_is_not_loaded(tmp_path: Path) -> None:
+    """Fabric writes the state of the first rank, where an average is inside of another entry."""
+    model = set_up("fsdp2")
+    average = ShardedAverage(model)
+    average.update()
+    expected = average.full_state_dict()
+    saved: list[Any] = [average.state_dict()]
+    dist.broadcast_object_list(saved)
+    if dist.get_rank():
+        with pytest.raises(ValueError, match=r"needs this rank's part of .*, got that of another rank; load"):
+            average.load_state_dict(saved[0])
+    assert same_bits(average.full_state_dict(), expected)
+
+
 def test_fabric_save_on_one_device_has_the_average(tmp_path: Path) -> None:
     fabric = fabric_of("single")
     swa, resumed = (SWA(fabric.setup_module(build()), **SCHEDULE) for _ in range(2))

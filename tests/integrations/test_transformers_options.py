@@ -86,3 +86,11 @@ def test_add_swa_raises_when_it_comes_twice_or_late(tmp_path: Path) -> None:
     trainer = add_swa(trainer_for("gpt2", tmp_path))
     with pytest.raises(RuntimeError, match=r"needs a Trainer without an average, got a SWATrainer; .*rule="):
         add_swa(trainer)
+
+
+@on_ranks(1)
+def test_evaluation_data_that_is_named_as_a_metric_of_the_average_raises(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    trainer.eval_dataset = {"swa_x": trainer.eval_dataset, "b": trainer.eval_dataset}
+    with pytest.raises(ValueError, match=r"names that do not begin with 'swa_', got named=\['swa_x'\]"):
+        add_swa(trainer)
