@@ -192,15 +192,19 @@ def test_without_a_configuration_the_names_are_those_of_the_model(tmp_path: Path
 
 @pytest.mark.parametrize("source", ["checkpoint-3", "checkpoint-3/dist_swa"])
 @pytest.mark.parametrize("name", ["default", "mine"])
+@pytest.mark.parametrize("command", ["export", "merge"])
 def test_an_export_of_the_whole_model_names_the_option(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, source: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, source: str, command: str
 ) -> None:
     model = get_peft_model(base(), KINDS["linear"](), adapter_name=name)
     save(model, train(model), tmp_path / "checkpoint-3")
     capfd.readouterr()
-    assert main(["export", str(tmp_path / source), str(tmp_path / "out")]) == 1
+    assert main([command, str(tmp_path / source), *["--out"] * (command == "merge"), str(tmp_path / "out")]) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith("; pass only='averaged' (--only averaged), which writes the averaged adapter")
+    assert line.endswith(
+        "; export with only='averaged' (--only averaged), which writes the averaged adapter (for a merge: export each,"
+        " then merge the exports)"
+    )
     assert not (tmp_path / "out").exists()
 
 
