@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -168,6 +176,42 @@ def test_sources_and_options(tmp_path: Path, kind: str) -> None:
         }
     else:
         check(model, swa, tmp_path / "out")
+
+
+# Adapters that PEFT or an export saved
+
+
+def mean_adapter(model: PeftModel, folders: Sequence[Path]) -> Tensor:
+    """Return the outputs of the mean of the tensors in adapter folders, which PEFT opens."""
+    states = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    mean = {name: torch.stack([state[name] for state in states]).double().mean(0).float() for name in states[0]}
+    set_peft_model_state_dict(model, mean)
+    return outputs(model)
+
+
+@pytest.mark.parametrize("kind", ["exports", "checkpoints", "files", "bin", "export of a checkpoint"])
+def test_merged_adapters_are_an_adapter(tmp_path: Path, kind: str) -> None:
+    model = get_peft_model(base(), KINDS["modules_to_save"]())
+    folders = [save(model, train(model), tmp_path / f"checkpoint-{i}") for i in (1, 2)]
+    if kind == "exports":
+        exports = [tmp_path / "a", tmp_path / "b"]
+        for folder, out in zip(folders, exports, strict=True):
+            checkpoint.export(folder, out, only="averaged")
+        folders = exports
+    expected = mean_adapter(model, folders[: 1 if kind == "export of a checkpoint" else 2])
+    for folder in folders if kind == "bin" else ():
+        torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+    out, has_key = tmp_path / "out", kind not in ("exports", "files")
+    if kind == "export of a checkpoint":
+        checkpoint.export(folders[0], out, key="model")
+    else:
+        paths = [folder / "adapter_model.safetensors" if kind == "files" else folder for folder in folders]
+        checkpoint.merge(paths, out, key="model" if has_key else None)
+    assert torch.equal(outputs(PeftModel.from_pretrained(base(), out)), expected)
+    assert (out / "adapter_config.json").read_bytes() == (folders[0] / "adapter_config.json").read_bytes()
+    assert not (out / "model.safetensors").exists()
+    assert (out / "tokenizer.json").exists() == (kind != "files")
 
 
 # What is not an adapter folder
