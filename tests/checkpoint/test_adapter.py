@@ -15,6 +15,8 @@ from peft import (
     IA3Config,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -41,6 +43,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True),
     "vera": lambda: VeraConfig(target_modules=ATTENTION, fan_in_fan_out=True, r=2),  # has frozen matrices
 }
+
+PROMPTS: dict[str, Any] = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig, "p-tuning": PromptEncoderConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -263,10 +267,10 @@ def test_several_averaged_adapters_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["prompt", "trained besides", "another shape"])
+@pytest.mark.parametrize("kind", [*PROMPTS, "trained besides", "another shape"])
 def test_what_peft_has_no_place_for_is_refused(tmp_path: Path, kind: str) -> None:
-    if kind == "prompt":
-        model = get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    if kind in PROMPTS:
+        model = get_peft_model(base(), PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=2))
     else:
         model = get_peft_model(base(), KINDS["linear"]())
     if kind == "trained besides":
