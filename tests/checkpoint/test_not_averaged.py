@@ -161,6 +161,16 @@ def test_where_frozen_parameters_are_dropped_the_error_names_the_option(
     assert same_bits(load_file(tmp_path / "out/model.safetensors"), average.full_state_dict(only="averaged"))
 
 
+@pytest.mark.parametrize("has_average", [False, True])
+def test_the_option_needs_an_average(tmp_path: Path, has_average: bool) -> None:
+    model = build(1)
+    averages = {"swa": averaged(model)} if has_average else {}
+    checkpoint.save({"model": model.state_dict(), **averages}, tmp_path / "saved")
+    choice = "pass one of swa, or leave it out" if has_average else "leave it out"
+    with pytest.raises(ValueError, match=rf"only='averaged' needs an average, got key='model' for .*; {choice}$"):
+        checkpoint.export(tmp_path / "saved", tmp_path / "out", key="model", only="averaged")
+
+
 # The average in the checkpoint of a trainer
 
 
