@@ -1,4 +1,4 @@
-"""Averaged adapters under the names of PEFT, which saved the trained ones beside the average."""
+"""Adapters under the names of PEFT: those in its files, and averaged ones, of which it saved the trained ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REMEDY = f"name an output that ends in {SUFFIX} to write them under the names o
 
 
 class Adapter:
-    """An averaged adapter by the names in PEFT's file. What is not averaged has the values of that file."""
+    """An adapter by the names in PEFT's file. What is not averaged has the values of that file."""
 
     def __init__(self, folder: Path, file: Reader, source: Source, names: Mapping[str, str]) -> None:
         self.folder = folder
@@ -32,16 +32,19 @@ class Adapter:
         return tensor
 
 
-def open_adapter(path: str | Path, source: Source) -> Adapter | None:
-    """Return the adapter at `path` of which `source` is the average, or None where PEFT saved none.
+def open_adapter(path: str | Path, source: Source, *, is_averaged: bool) -> Adapter | None:
+    """Return the adapter at `path` that `source` is, or the average of with `is_averaged`; None where PEFT saved none.
 
     Raises ValueError if several are averaged, or if the file of PEFT lacks an averaged parameter.
     """
     folders = adapter_folders(path)
     files = {name: open_reader(_file_in(folder)) for name, folder in folders.items()}
-    names = {name: _names_of(name, file, source) for name, file in files.items()}
-    if not files:
+    for name, file in files.items():
+        if source.specs.keys() == set(file.keys):
+            return Adapter(folders[name], file, source, {key: key for key in file.keys})
+    if not (files and is_averaged):
         return None
+    names = {name: _names_of(name, file, source) for name, file in files.items()}
     # Biases have the names of the model in each file; the names of other parameters have that of their adapter.
     averaged = [name for name, known in names.items() if any(key != other for key, other in known.items())]
     averaged = averaged or list(files)

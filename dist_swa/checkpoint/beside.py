@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,17 @@ def files_beside(path: str | Path, patterns: Sequence[str] = (*_OF_MODEL, *_OF_I
     return {name: file for name, file in found.items() if name not in outside}
 
 
-def copy_beside(path: str | Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy the files beside the weights at `path` to `folder`; ``config.json`` gets `dtype` if it is given. Local."""
-    _copy(files_beside(path), folder, dtype)
+def copy_beside(
+    path: str | Path, folder: Path, dtype: torch.dtype | None = None, *, adapter: Path | None = None
+) -> None:
+    """Copy the files beside the weights at `path` to `folder`; ``config.json`` gets `dtype` if it is given. Local.
 
-
-def copy_beside_adapter(path: str | Path, adapter: Path, folder: Path) -> None:
-    """Copy what belongs to the adapter in the folder `adapter` of the checkpoint at `path`. Local."""
-    _copy(files_beside(adapter, [ADAPTER_CONFIG]) | files_beside(path, _OF_INPUTS), folder, None)
-
-
-def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
+    With `adapter`, the folder of an adapter at `path`, they are those of the adapter.
+    """
+    if adapter is None:
+        files = files_beside(path)
+    else:
+        files = files_beside(adapter, [ADAPTER_CONFIG]) | files_beside(path, _OF_INPUTS)
     for name, source in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         with source.open("rb") as file, created(folder / name) as copy:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_swa.averaging.average import ShardedAverage
 from dist_swa.checkpoint.adapter import open_adapter
-from dist_swa.checkpoint.beside import ADAPTER_FILES, copy_beside, copy_beside_adapter
+from dist_swa.checkpoint.beside import ADAPTER_FILES, copy_beside
 from dist_swa.checkpoint.cast import check_dtype, checked_cast, has_nan
 from dist_swa.checkpoint.safetensors_io import SUFFIX, Spec, atomic_output, files_of, write_safetensors
 from dist_swa.checkpoint.sources import open_source
@@ -68,7 +68,8 @@ def export(
         only: "averaged" writes the averaged parameters only, as of a LoRA adapter. Quantised weights that are not
             averaged need it, unless safetensors can hold what their module's ``state_dict()`` has. Where PEFT saved an
             adapter beside the average (``adapter_config.json``), a folder `out` becomes an adapter that
-            ``PeftModel.from_pretrained`` opens, in one file; a file `out` keeps the names of the model.
+            ``PeftModel.from_pretrained`` opens, in one file; a file `out` keeps the names of the model. An adapter that
+            PEFT or `export` saved becomes such a folder without `only`.
         progress: whether the first rank shows a progress bar.
 
     Memory per rank: of a live source, three times the rank's share of one output file plus twice the largest tensor; of
@@ -110,7 +111,7 @@ def _export_stored(
 ) -> None:
     with raise_on_all():
         average = open_source(path, key, only)
-        adapter = None if only is None or out.suffix == SUFFIX else open_adapter(path, average)
+        adapter = None if out.suffix == SUFFIX else open_adapter(path, average, is_averaged=only is not None)
         source = adapter or average
         specs = {name: spec.in_dtype(dtype) for name, spec in source.specs.items()}
         files = files_of(specs, out, ADAPTER_FILES[0] if adapter else None)
@@ -124,10 +125,9 @@ def _export_stored(
 
     with atomic_output(out, None) as partial:
         write_safetensors(files, partial, read, None, progress)
-        if adapter and rank_and_world_size(None)[0] == 0:
-            copy_beside_adapter(path, adapter.folder, partial)
-        elif out.suffix != SUFFIX and only is None and rank_and_world_size(None)[0] == 0:
-            copy_beside(path, partial, dtype)
+        has_files = adapter is not None or (out.suffix != SUFFIX and only is None)
+        if has_files and rank_and_world_size(None)[0] == 0:
+            copy_beside(path, partial, dtype, adapter=adapter.folder if adapter else None)
     _warn_of_nan(having_nan, None)
 
 

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from tqdm import tqdm
 
 from dist_swa.averaging.rules import Equal, Rule
-from dist_swa.checkpoint.beside import copy_beside
+from dist_swa.checkpoint.adapter import open_adapter
+from dist_swa.checkpoint.beside import ADAPTER_FILES, copy_beside
 from dist_swa.checkpoint.cast import check_dtype
 from dist_swa.checkpoint.not_averaged import MODEL
 from dist_swa.checkpoint.safetensors_io import (
@@ -64,7 +65,8 @@ def merge(
             safetensors. What was merged (paths, keys, steps, weights, rule, date) is in its ``dist_swa.json``, or under
             "dist_swa" in the metadata of the file. Beside safetensors, the folder has the files that from_pretrained
             reads, from the last source if that is a folder or a ``model.safetensors``: configurations, tokenizer,
-            processor, chat templates. A ``config.json`` gets `dtype`.
+            processor, chat templates. A ``config.json`` gets `dtype`. Adapters that PEFT or `export` saved become an
+            adapter with the ``adapter_config.json``, tokenizer and processor of the first source.
         key: the entry of each checkpoint, as in `export`; "model" or "" averages trained weights.
         rule: the weight of each source by its position, such as ``DecayShaped(shape, total=len(sources))``,
             arXiv:2507.17634. An EMA with a half-life is refused.
@@ -163,10 +165,12 @@ def write_combination(
     is_first = rank_and_world_size(None)[0] == 0
     with raise_on_all():
         check_new(out)
-        last = terms[-1]
+        first, last = terms[0], terms[-1]
         specs = {name: spec.in_dtype(dtype) for name, spec in _common_specs([term.source for term in terms]).items()}
-        is_checkpoint = out.suffix != SUFFIX and last.source.is_checkpoint
-        files = {} if is_checkpoint else files_of(specs, out)
+        is_file = out.suffix == SUFFIX
+        is_checkpoint = not is_file and last.source.is_checkpoint
+        adapter = None if is_file or is_checkpoint else open_adapter(first.path, first.source, is_averaged=False)
+        files = {} if is_checkpoint else files_of(specs, out, ADAPTER_FILES[0] if adapter else None)
         if last.source.skipped:
             warnings.warn(f"a merge stores tensors only; not written: {', '.join(last.source.skipped)}", stacklevel=3)
         if heading and is_first:
@@ -176,11 +180,11 @@ def write_combination(
     if is_checkpoint:
         _write_checkpoint(specs, out, sums.read, progress, made_by)
     else:
-        is_file = out.suffix == SUFFIX
         with atomic_output(out, None) as folder:
             write_safetensors(files, folder, sums.read, None, progress, {"dist_swa": made_by} if is_file else None)
             if not is_file and is_first:
-                copy_beside(last.path, folder, dtype)
+                source = first if adapter else last
+                copy_beside(source.path, folder, dtype, adapter=adapter.folder if adapter else None)
                 with created(folder / RECORD) as file:
                     file.write(made_by.encode())
     sums.warn()

@@ -14,6 +14,7 @@ from dist_swa.checkpoint.keys import Reader, bits, join, parents_of, spec_of
 MODEL = "model"  # the entry of a merged checkpoint, and of the parameters that are not averaged
 # Parameters that are not averaged may be in others, too: Lightning writes "state_dict".
 _OF_MODEL = re.compile(r"model(_?\d+)?|state_dict")
+_ONLY = "export with only='averaged' (--only averaged)"
 
 
 def not_averaged(
@@ -40,22 +41,22 @@ def not_averaged(
     if fitting:
         raise ValueError(
             f"{what} from one model, got {' and '.join(fitting)} in {contents.reader.folder}, which have the names of"
-            " the average, but not the same values; export from the run, or pass only='averaged'"
+            f" the average, but not the same values; export from the run, or {_ONLY}"
         )
     if adapter_folders(contents.reader.folder):
         raise ValueError(
-            f"{what}, got adapters only beside it in {contents.reader.folder}; pass only='averaged' (--only averaged),"
-            " which writes the averaged adapter"
+            f"{what}, got adapters only beside it in {contents.reader.folder}; {_ONLY}, which writes the averaged"
+            " adapter (for a merge: export each, then merge the exports)"
         )
     none: list[str] = []
     found = max(parameters.values(), key=len, default=none)
     extra = f" ({', '.join(found[:5])}{', ...' * (len(found) > 5)})" if len(found) > num_others else ""
-    folder, remedy = contents.reader.folder.resolve(), "export from the run"
-    if folder.name == TRAINER_FOLDER:
-        remedy = f"pass {contents.reader.folder.parent}, where a trainer saves the model, or only='averaged'"
+    remedy = "export from the run"
+    if contents.reader.folder.resolve().name == TRAINER_FOLDER:
+        remedy = f"pass {contents.reader.folder.parent}, where a trainer saves the model"
     raise ValueError(
         f"{what}, got {len(found)} of them{extra} beside it in {contents.reader.folder}; save the state dict of the"
-        f" model, with its own names, as the entry {MODEL!r} as well, or {remedy}"
+        f" model, with its own names, as the entry {MODEL!r} as well, {remedy}, or {_ONLY}"
     )
 
 

@@ -121,16 +121,14 @@ def open_source(path: str | Path, key: str | None = None, only: str | None = Non
     if key in averages:
         return _open_average(contents, key, only)
     if only is not None:
-        raise ValueError(
-            f"only='averaged' needs an average, got {key=} for {path}; pass one of {', '.join(averages) or 'none'}, or"
-            " leave it out"
-        )
+        choice = f"pass one of {', '.join(averages)}, or leave it out" if averages else "leave it out"
+        raise ValueError(f"only='averaged' needs an average, got {key=} for {path}; {choice}")
     if key is not None and (stored := contents.weights(key)):
         return _open_weights(reader, key, stored)
-    choice = ", ".join(name or '""' for name in [*averages, *weights]) or "none"
+    choice = ", ".join(name or '""' for name in [*averages, *weights])
     raise ValueError(
         f"a checkpoint needs one average, or the key of an entry, got {key=} for {path}{_content_of(contents, key)};"
-        f" pass one of {choice}"
+        f" pass {f'one of {choice}' if choice else 'another path'}"
     )
 
 

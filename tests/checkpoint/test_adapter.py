@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -33,6 +43,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True),
     "vera": lambda: VeraConfig(target_modules=ATTENTION, fan_in_fan_out=True, r=2),  # has frozen matrices
 }
+
+PROMPTS: dict[str, Any] = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig, "p-tuning": PromptEncoderConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +182,42 @@ def test_sources_and_options(tmp_path: Path, kind: str) -> None:
         check(model, swa, tmp_path / "out")
 
 
+# Adapters that PEFT or an export saved
+
+
+def mean_adapter(model: PeftModel, folders: Sequence[Path]) -> Tensor:
+    """Return the outputs of the mean of the tensors in adapter folders, which PEFT opens."""
+    states = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    mean = {name: torch.stack([state[name] for state in states]).double().mean(0).float() for name in states[0]}
+    set_peft_model_state_dict(model, mean)
+    return outputs(model)
+
+
+@pytest.mark.parametrize("kind", ["exports", "checkpoints", "files", "bin", "export of a checkpoint"])
+def test_merged_adapters_are_an_adapter(tmp_path: Path, kind: str) -> None:
+    model = get_peft_model(base(), KINDS["modules_to_save"]())
+    folders = [save(model, train(model), tmp_path / f"checkpoint-{i}") for i in (1, 2)]
+    if kind == "exports":
+        exports = [tmp_path / "a", tmp_path / "b"]
+        for folder, out in zip(folders, exports, strict=True):
+            checkpoint.export(folder, out, only="averaged")
+        folders = exports
+    expected = mean_adapter(model, folders[: 1 if kind == "export of a checkpoint" else 2])
+    for folder in folders if kind == "bin" else ():
+        torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+    out, has_key = tmp_path / "out", kind not in ("exports", "files")
+    if kind == "export of a checkpoint":
+        checkpoint.export(folders[0], out, key="model")
+    else:
+        paths = [folder / "adapter_model.safetensors" if kind == "files" else folder for folder in folders]
+        checkpoint.merge(paths, out, key="model" if has_key else None)
+    assert torch.equal(outputs(PeftModel.from_pretrained(base(), out)), expected)
+    assert (out / "adapter_config.json").read_bytes() == (folders[0] / "adapter_config.json").read_bytes()
+    assert not (out / "model.safetensors").exists()
+    assert (out / "tokenizer.json").exists() == (kind != "files")
+
+
 # What is not an adapter folder
 
 
@@ -192,15 +240,19 @@ def test_without_a_configuration_the_names_are_those_of_the_model(tmp_path: Path
 
 @pytest.mark.parametrize("source", ["checkpoint-3", "checkpoint-3/dist_swa"])
 @pytest.mark.parametrize("name", ["default", "mine"])
+@pytest.mark.parametrize("command", ["export", "merge"])
 def test_an_export_of_the_whole_model_names_the_option(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, source: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, source: str, command: str
 ) -> None:
     model = get_peft_model(base(), KINDS["linear"](), adapter_name=name)
     save(model, train(model), tmp_path / "checkpoint-3")
     capfd.readouterr()
-    assert main(["export", str(tmp_path / source), str(tmp_path / "out")]) == 1
+    assert main([command, str(tmp_path / source), *["--out"] * (command == "merge"), str(tmp_path / "out")]) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith("; pass only='averaged' (--only averaged), which writes the averaged adapter")
+    assert line.endswith(
+        "; export with only='averaged' (--only averaged), which writes the averaged adapter (for a merge: export each,"
+        " then merge the exports)"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -215,10 +267,10 @@ def test_several_averaged_adapters_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["prompt", "trained besides", "another shape"])
+@pytest.mark.parametrize("kind", [*PROMPTS, "trained besides", "another shape"])
 def test_what_peft_has_no_place_for_is_refused(tmp_path: Path, kind: str) -> None:
-    if kind == "prompt":
-        model = get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    if kind in PROMPTS:
+        model = get_peft_model(base(), PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=2))
     else:
         model = get_peft_model(base(), KINDS["linear"]())
     if kind == "trained besides":

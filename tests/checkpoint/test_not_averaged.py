@@ -1,5 +1,6 @@
 """Parameters that are not averaged are those of the averaged model, or an export raises."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from accelerate_on_cpu import launched
 from dist_swa import ShardedAverage, checkpoint
+from dist_swa.__main__ import main
 from dist_swa.integrations.accelerate import prepare_swa
 from models import same_bits
 from ranks import run_on_ranks
+
+ONLY = r"export with only='averaged' \(--only averaged\)$"
 
 
 def build(seed: int, bias: bool = True) -> nn.Sequential:
@@ -50,7 +54,8 @@ def test_frozen_parameters_are_never_those_of_another_model_of_one_class(
     checkpoint.save({**state, "swa_2": averaged(models[1])}, tmp_path / "saved")
     with pytest.raises(
         ValueError,
-        match=rf"export of swa_2 needs the 2 parameters .* from one model, got {names[0]} and {names[1]} in .*; export",
+        match=rf"export of swa_2 needs the 2 parameters .* from one model, got {names[0]} and {names[1]} in .*; export"
+        rf".*, or {ONLY}",
     ):
         checkpoint.export(tmp_path / "saved", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -138,6 +143,34 @@ def test_the_state_of_a_quantised_parameter_belongs_to_it(tmp_path: Path) -> Non
     assert same_bits(exported(tmp_path / "saved", tmp_path / "out.safetensors"), expected)
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "file of Lightning"])
+def test_where_frozen_parameters_are_dropped_the_error_names_the_option(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model, path = build(1), tmp_path / "saved.ckpt"
+    average = averaged(model)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("0.")}
+    if kind == "checkpoint":
+        checkpoint.save({"model": state, "swa": average}, path)
+    else:
+        of_lightning = {"state_dict": state, "pytorch-lightning_version": "2.5", "global_step": 1}
+        torch.save({**of_lightning, "dist_swa": {"swa": average.state_dict()}}, path)
+    assert main(["export", str(path), str(tmp_path / "out")]) == 1
+    assert re.search(rf"got 0 of them .*, export from the run, or {ONLY}", capfd.readouterr().err.strip())
+    assert main(["export", str(path), str(tmp_path / "out"), "--only", "averaged", "--quiet"]) == 0
+    assert same_bits(load_file(tmp_path / "out/model.safetensors"), average.full_state_dict(only="averaged"))
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_the_option_needs_an_average(tmp_path: Path, has_average: bool) -> None:
+    model = build(1)
+    averages = {"swa": averaged(model)} if has_average else {}
+    checkpoint.save({"model": model.state_dict(), **averages}, tmp_path / "saved")
+    choice = "pass one of swa, or leave it out" if has_average else "leave it out"
+    with pytest.raises(ValueError, match=rf"only='averaged' needs an average, got key='model' for .*; {choice}$"):
+        checkpoint.export(tmp_path / "saved", tmp_path / "out", key="model", only="averaged")
+
+
 # The average in the checkpoint of a trainer
 
 
@@ -150,7 +183,7 @@ def test_without_the_folder_of_the_model_its_parent_is_named(
     average = averaged(model)
     checkpoint.save({"swa": average}, folder / "dist_swa")
     save_file(model.state_dict(), folder / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"got 0 of them .*, or pass {folder}, where .*, or only='averaged'$"):
+    with pytest.raises(ValueError, match=rf"got 0 of them .*, pass {folder}, where .*, or {ONLY}"):
         checkpoint.export(folder / "dist_swa", tmp_path / "out")
     assert same_bits(exported(folder, tmp_path / "out.safetensors"), average.full_state_dict())
     checkpoint.export(folder / "dist_swa", tmp_path / "averaged", only="averaged")
