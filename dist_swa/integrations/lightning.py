@@ -304,11 +304,13 @@ class SWACallback(Callback):
             return
         # ShardedTensor, which FSDP1 may save, has no public name.
         is_sharded = any(isinstance(value, DTensor) or hasattr(value, "local_shards") for value in weights.values())
-        trained = model.trained(weights)
         with model.in_model(averaged=False):
             state = self.swa.state_dict() if is_sharded else full_state_dict(self.swa)
+            trained = model.trained() if model.are_averaged else {}
+        if changed := model.difference(trained, weights):
+            state[TRAINED] = changed
         # In a folder, ``state_dict`` is the part that Lightning writes with torch.distributed.checkpoint.
-        (weights if is_sharded else checkpoint)[KEY] = state | ({TRAINED: trained} if trained else {})
+        (weights if is_sharded else checkpoint)[KEY] = state
 
     def _detach(self) -> None:
         if self._weights is not None:

@@ -45,7 +45,7 @@ class ModuleWeights:
     def __init__(self, trainer: Trainer) -> None:
         self.swa: SWA | None = None
         self._trainer = trainer
-        self._swap, self._is_swapped_in = ExitStack(), False
+        self._swap, self.is_swapped_in = ExitStack(), False
         save = trainer.save_checkpoint
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> None:
@@ -66,34 +66,32 @@ class ModuleWeights:
     def put_in_model(self, *, averaged: bool) -> None:
         """Have the averaged weights in the module, if there are any, or the trained ones. As `SWA.swapped_in`."""
         if not averaged:
-            self._is_swapped_in = False
+            self.is_swapped_in = False
             self._swap.close()
-        elif self.swa is not None and self.are_averaged and not self._is_swapped_in:
+        elif self.swa is not None and self.are_averaged and not self.is_swapped_in:
             self.swa.average.broadcast_buffers()  # so that all ranks validate the model of the checkpoint
             self._swap.enter_context(self.swa.swapped_in())
-            self._is_swapped_in = True
+            self.is_swapped_in = True
 
     @contextmanager
     def in_model(self, *, averaged: bool) -> Iterator[None]:
         """`put_in_model` inside, and what was there before on exit."""
-        before = self._is_swapped_in
+        before = self.is_swapped_in
         self.put_in_model(averaged=averaged)
         try:
             yield
         finally:
             self.put_in_model(averaged=before)
 
-    def trained(self, averaged: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the trained values of what differs from `averaged`, the ``state_dict`` of a checkpoint.
+    def trained(self) -> dict[str, Any]:
+        """Return Lightning's state dict, with copies of what the average replaces. While the trained weights are in."""
+        state, swapped = self._trainer.strategy.lightning_module_state_dict(), self._swapped_storages()
+        return state | copy.deepcopy({name: value for name, value in state.items() if _storage(value) in swapped})
 
-        Inside ``save_checkpoint``. Memory: a copy of the trained weights of this rank.
-        """
-        if self.swa is None or not self._is_swapped_in:
+    def difference(self, trained: Mapping[str, Any], averaged: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values in `trained` that are other ones in `averaged`, the ``state_dict`` of a checkpoint."""
+        if self.swa is None:
             return {}
-        with self.in_model(averaged=False):
-            state = self._trainer.strategy.lightning_module_state_dict()
-            swapped = self._swapped_storages() - {None}
-            state |= copy.deepcopy({name: value for name, value in state.items() if _storage(value) in swapped})
         names, is_first = self.swa.average.swapped_names, rank_and_world_size(None)[0] == 0
 
         def differs(name: str, value: Any) -> bool:
@@ -102,19 +100,19 @@ class ModuleWeights:
             # DCP would save a plain tensor from any rank. The ranks may have different statistics.
             return is_first and not _is_same(value, averaged.get(name))
 
-        return {name: value for name, value in state.items() if differs(name, value)}
+        return {name: value for name, value in trained.items() if differs(name, value)}
 
-    def _swapped_storages(self) -> set[int | None]:
-        """Return where the module has what the average replaces."""
+    def _swapped_storages(self) -> set[int]:
+        """Return the addresses of what the average replaces."""
         module, names = self._trainer.lightning_module, cast(SWA, self.swa).average.swapped_names
         tensors = [*module.named_parameters(), *module.named_buffers()]
-        return {_storage(tensor) for name, tensor in tensors if clean_name(name) in names}
+        return {_storage(tensor) for name, tensor in tensors if clean_name(name) in names} - {0}
 
 
-def _storage(value: Any) -> int | None:
-    """Return the address of the memory of a tensor, or of this rank's part of it; None where it has none."""
+def _storage(value: Any) -> int:
+    """Return the address of the memory of a tensor, or of this rank's part of it; 0 where it has none."""
     local = value.to_local() if isinstance(value, DTensor) else value
-    return (local.untyped_storage().data_ptr() or None) if type(local) in (Tensor, nn.Parameter) else None
+    return local.untyped_storage().data_ptr() if type(local) in (Tensor, nn.Parameter) else 0
 
 
 def _is_same(value: Tensor, other: Any) -> bool:
