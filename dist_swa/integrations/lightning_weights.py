@@ -134,8 +134,13 @@ def load_trained(trainer: Trainer, pl_module: LightningModule, loaded: dict[str,
         set_model_state_dict(cast(nn.Module, trainer.model), trained, options=options)
     elif trained:  # as Lightning does it
         loaded = {**loaded, "state_dict": {**loaded["state_dict"], **trained}}
-        pl_module.on_load_checkpoint(loaded)
         trainer.strategy.load_model_state_dict(loaded, strict=pl_module.strict_loading)
+        state = trainer.strategy.lightning_module_state_dict()
+        if wrong := [name for name, value in trained.items() if not torch.equal(value, state[name].to(value.device))]:
+            raise RuntimeError(
+                "resuming from averaged weights needs a module whose load_state_dict takes what its state_dict returns,"
+                f" got another value of {wrong[0]}; write load_state_dict, or save with SWACallback(evaluate='trained')"
+            )
 
 
 def _read_trained(trainer: Trainer, folder: Path) -> dict[str, Any]:

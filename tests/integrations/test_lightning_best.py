@@ -303,3 +303,21 @@ def test_a_module_may_save_in_its_own_way(build: Any, tmp_path: Path) -> None:
     path = tmp_path / f"step={2 * STEPS}.ckpt"
     fit(build(), [SWACallback(**SHARED), again], validate=True, resume=path)
     assert all(same_bits(one, other) for one, other in zip(again.states, whole.states[2 * STEPS :], strict=True))
+
+
+class NotLoaded(Renamed):
+    """Loads its weights in ``on_load_checkpoint``, and ignores them in ``load_state_dict``."""
+
+    strict_loading = False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.net.load_state_dict(checkpoint["state_dict"])
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return Scored.load_state_dict(self, state_dict, *args, **kwargs)
+
+
+def test_trained_weights_that_a_module_does_not_load_raise(tmp_path: Path) -> None:
+    fit(NotLoaded(), [SWACallback(**SHARED), best_of(tmp_path)], validate=True)
+    with pytest.raises(RuntimeError, match=r"takes what its state_dict returns, got another value of 0\.weight; write"):
+        fit(NotLoaded(), [SWACallback(**SHARED)], resume=tmp_path / f"step={2 * STEPS}.ckpt")

@@ -24,13 +24,15 @@ STAND_INS = {
         for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
         trap 'kill -USR1 "${tasks[@]}"' USR1
         status=0
+        rm -f srun_ended
         for task in "${tasks[@]}"; do
             while wait "$task"; [[ -e /proc/$task ]]; do :; done
             wait "$task" || status=$?
         done
+        touch srun_ended
         exit "$status"
     """,
-    "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$*" >requeued; fi',
+    "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$*" $(ls srun_ended) >requeued; fi',
     "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
 }
 
@@ -76,7 +78,7 @@ class Job:
         status = self.script.wait(TIMEOUT_S)
         requeued = self.folder / "requeued"
         assert (status != 0) == requeued.exists(), self.log
-        return requeued.exists() and requeued.read_text() == "requeue 7\n"
+        return requeued.exists() and requeued.read_text() == "requeue 7 srun_ended\n"
 
     def ranks_import_torch(self) -> bool:
         importing = 0
