@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import broadcast_object_list
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dist_swa.integrations.accelerate needs accelerate, got no {error.name}; pip install 'dist_swa[accelerate]'",
@@ -24,7 +23,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa import SWA, checkpoint
-from dist_swa.integrations.trainer_options import check_accelerator
+from dist_swa.integrations.trainer_options import check_accelerator, existing
 
 # Weak: an average refers to its accelerator, and the hooks of the accelerator refer to the average.
 _attached: WeakSet[AcceleratedSWA] = WeakSet()
@@ -206,9 +205,3 @@ def prepare_swa(
         elif swa.name == name:
             raise RuntimeError(f"prepare_swa needs a name for each average, got {name=} twice; pass another name=")
     return AcceleratedSWA(accelerator, model, optimizer, name, **options)
-
-
-def existing(folder: Path | None) -> Path | None:
-    """Return the `folder` of the first rank if it exists there, or None. A collective."""
-    (found,) = broadcast_object_list([folder if folder is not None and folder.exists() else None])
-    return cast("Path | None", found)

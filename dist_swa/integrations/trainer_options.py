@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 
 from dist_swa.integrations.trainer_metrics import is_of_average
@@ -64,3 +64,9 @@ def check_accelerator(
         )
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
         raise ValueError(f"prepare_swa needs a name for a folder in each checkpoint, got {name=}; write 'ema'")
+
+
+def existing(folder: Path | None) -> Path | None:
+    """Return the `folder` of the first rank if it exists there, or None. A collective."""
+    (found,) = broadcast_object_list([folder if folder is not None and folder.exists() else None])
+    return cast("Path | None", found)

@@ -21,9 +21,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from dist_swa.batch_norm.frozen import skipping
-from dist_swa.integrations.accelerate import AcceleratedSWA, existing, prepare_swa
+from dist_swa.integrations.accelerate import AcceleratedSWA, prepare_swa
 from dist_swa.integrations.trainer_metrics import Names, Recorded, is_of_average, merged, recorded
-from dist_swa.integrations.trainer_options import check_trainer
+from dist_swa.integrations.trainer_options import check_trainer, existing
 
 _FOLDER = "dist_swa"  # inside checkpoint-N
 
