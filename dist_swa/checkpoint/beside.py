@@ -72,9 +72,7 @@ def files_beside(path: str | Path, patterns: Sequence[str] = (*_OF_MODEL, *_OF_I
     return {name: file for name, file in found.items() if name not in outside}
 
 
-def copy_beside(
-    path: str | Path, folder: Path, dtype: torch.dtype | None = None, *, adapter: Path | None = None
-) -> None:
+def copy_beside(path: str | Path, folder: Path, dtype: torch.dtype | None, adapter: Path | None) -> None:
     """Copy the files beside the weights at `path` to `folder`; ``config.json`` gets `dtype` if it is given. Local.
 
     With `adapter`, the folder of an adapter at `path`, they are those of the adapter.

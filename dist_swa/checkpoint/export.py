@@ -127,7 +127,7 @@ def _export_stored(
         write_safetensors(files, partial, read, None, progress)
         has_files = adapter is not None or (out.suffix != SUFFIX and only is None)
         if has_files and rank_and_world_size(None)[0] == 0:
-            copy_beside(path, partial, dtype, adapter=adapter.folder if adapter else None)
+            copy_beside(path, partial, dtype, adapter.folder if adapter else None)
     _warn_of_nan(having_nan, None)
 
 

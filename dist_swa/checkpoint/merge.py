@@ -184,7 +184,7 @@ def write_combination(
             write_safetensors(files, folder, sums.read, None, progress, {"dist_swa": made_by} if is_file else None)
             if not is_file and is_first:
                 source = first if adapter else last
-                copy_beside(source.path, folder, dtype, adapter=adapter.folder if adapter else None)
+                copy_beside(source.path, folder, dtype, adapter.folder if adapter else None)
                 with created(folder / RECORD) as file:
                     file.write(made_by.encode())
     sums.warn()
