@@ -160,6 +160,7 @@ def run_readme(folder: Path, length: str) -> None:
     assert model.loss(model.eval()(held_out), held_out).item() == pytest.approx(best, rel=1e-6)
     trained = torch.load("best/best.pt", weights_only=False)["state"]["model"]
     assert not same_bits(trained, model.state_dict())
+    torch.distributed.barrier()  # all ranks have read it
     shutil.rmtree("averaged", ignore_errors=True)
 
 
