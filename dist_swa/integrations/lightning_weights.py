@@ -1,7 +1,7 @@
 """The weights of a LightningModule: averaged ones in validations and checkpoints, trained ones where training resumes.
 
-A checkpoint of averaged weights has them in ``state_dict``, where Lightning and everybody else look for the model. The
-trained values of what was averaged are beside the average.
+A checkpoint of averaged weights has them in ``state_dict``, which Lightning and other tools load. The trained values of
+what was averaged are beside the average.
 """
 
 from __future__ import annotations
